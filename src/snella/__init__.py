@@ -1,12 +1,12 @@
 """Sparse, high-rank fine-tuning of pre-trained vision models (SNELLA, arXiv 2510.24037).
 
-Importing the package registers the method with PEFT:
+Importing the package registers the method with PEFT, so it is used like PEFT's own methods:
 
     model = get_peft_model(model, SnellaConfig(r=8, target_modules="all-linear", modules_to_save=["head"]))
     BudgetAllocator(model, total_epochs=10, steps_per_epoch=len(loader)).attach(optimizer)
 
 `snella.train` runs the same training as the command `snella train`, and `snella.load` returns a predictor. Both
-functions and `snella.TaskBank` require the optional application, `pip install 'snella[app]'`:
+functions and `snella.TaskBank` require the optional application (`pip install 'snella[app]'`):
 
     run = snella.train(data="photos", backbone="vit_base_patch16_224.augreg_in21k", out="runs/photos")
     snella.load(run).predict("new.jpg").label

@@ -1,4 +1,4 @@
-"""Helpers for error messages, module names, the cache folder and the version of the NVIDIA driver."""
+"""Helpers for error messages, module names, the cache folder, and the version of the NVIDIA driver."""
 
 import difflib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def listed(items: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
-    """Join the first `limit` items and append the number of omitted ones, e.g. "a, b and 3 more"."""
+    """Join the first `limit` items and append the number of omitted items, if any, e.g. "a, b and 3 more"."""
     names = list(items)
     num_omitted = len(names) - limit
     return separator.join(names[:limit]) + (f" and {num_omitted} more" if num_omitted > 0 else "")
@@ -27,7 +27,7 @@ def has_suffix(name: str, suffix: str) -> bool:
 
 
 def longest_suffix(name: str, suffixes: Iterable[str]) -> str | None:
-    """Return the longest of the suffixes that a module name has, or `None` if it has none of them."""
+    """Return the longest of the suffixes that a module name has, or `None` if it has none."""
     return max((suffix for suffix in suffixes if has_suffix(name, suffix)), key=len, default=None)
 
 

@@ -1,6 +1,6 @@
-"""Layer-level competition: budget allocation among matrices by importance (Algorithm 1).
+"""Layer-level competition: budget allocation among matrices by importance (Algorithm 1 of arXiv 2510.24037).
 
-The budget of a matrix is the maximum number of nonzero entries of its update.
+The budget of a matrix is the maximum number of nonzero entries of its sparse update.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def budget_at(t: int, total: int, b0: int, bT: int, schedule: str = "cubic") -> 
     The formula is evaluated in integers and rounded down, so `b_0` and `b_T` are exact.
 
     Args:
-        t: Epoch or step, in the unit of `total`. After `total` the budget stays at `bT`.
+        t: Epoch or step, in the unit of `total`. After `total`, the budget stays at `bT`.
         total: `T`, total number of epochs or steps.
         b0: Budget at `t = 0`; unused by `"constant"`.
         bT: Budget at `t = T`.
@@ -59,18 +59,19 @@ def schedule_length(total: int, schedule_end: float | None) -> int:
 def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_layer_share: float = 0.0) -> list[int]:
     """Allocate `budget` entries among matrices in proportion to their importance.
 
-    If the share of a matrix exceeds its size, the matrix is saturated: it gets a budget of its size, and the excess is
-    redistributed in the same way until all entries are allocated. Shares are computed in exact rational arithmetic and
-    rounded by the largest-remainder method, so the sum is exact and the result does not depend on matrix order or
-    machine.
+    If the share of a matrix exceeds its size, the matrix is saturated: its budget is its size, and the excess is
+    redistributed among the other matrices in the same way until all entries are allocated. Shares are computed in exact
+    rational arithmetic and rounded by the largest-remainder method, so the sum is exact, and the result depends neither
+    on the order of the matrices nor on the machine.
 
     Args:
-        importance: Importance of each matrix. Negative values count as 0. If a value is not finite, all count as 0.
+        importance: Importance of each matrix. Negative values count as 0. If any value is not finite, all count as 0.
             If all unsaturated matrices have importance 0, shares are proportional to size.
         caps: Size of each matrix.
         budget: Number of entries to allocate, in `[0, sum(caps)]`.
         min_layer_share: Minimum budget of each matrix, as a fraction of its uniform share `budget · cap / Σ caps`. Only
-            the rest depends on importance. A matrix with budget 0 has no gradient. The paper uses no minimum.
+            the rest of the budget depends on importance. The paper uses no minimum, so a matrix can get budget 0; it
+            then has no gradient.
 
     Returns:
         One integer per matrix, `0 ≤ b[l] ≤ caps[l]`, `Σ b == budget`.
@@ -101,12 +102,12 @@ def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_
 
 
 def _fill_in_proportion(scores: list[Fraction], capacities: list[int], budget: int) -> list[Fraction]:
-    """Return shares in proportion to the scores, capped at the capacities, with the excess divided among the others."""
+    """Return shares in proportion to the scores, capped at the capacities; the excess goes to the other matrices."""
     shares = [Fraction(0)] * len(capacities)
     open_matrices = {k for k, capacity in enumerate(capacities) if capacity > 0}
     remaining = Fraction(budget)
     while remaining > 0:
-        # if all open matrices have zero importance, allocate by size
+        # if all open matrices have zero importance, allocate by capacity
         weights = {k: scores[k] for k in open_matrices}
         if not any(weights.values()):
             weights = {k: Fraction(capacities[k]) for k in open_matrices}
@@ -124,7 +125,7 @@ def _fill_in_proportion(scores: list[Fraction], capacities: list[int], budget: i
 
 
 def _round_to_sum(shares: list[Fraction], caps: Sequence[int], budget: int, scores: list[Fraction]) -> list[int]:
-    """Round shares to integers that sum to `budget` by the largest-remainder method.
+    """Round shares by the largest-remainder method, to integers that sum to `budget`.
 
     Ties are broken by importance, then by size.
     """

@@ -1,7 +1,8 @@
 """Budget allocator: reduces the global budget during training and allocates it among matrices by importance.
 
-The budget of a matrix is the maximum number of nonzero entries of its update. The global budget is their sum over all
-adapted matrices. A matrix with budget 0 is frozen, because it has no gradient.
+The budget of a matrix is the maximum number of nonzero entries of its sparse update, which is computed from two trained
+factors. The global budget is the sum over all adapted matrices. A matrix with budget 0 is frozen, because its factors
+get no gradient.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class BudgetAllocator:
     """Layer-level competition of SNELLA (section 3.3, Algorithm 1 of arXiv 2510.24037).
 
     Every optimizer step updates the importance of every matrix. Every epoch, or every N steps (`realloc_every`), the
-    global budget follows the schedule and is reallocated. After the last epoch, or after the fraction `schedule_end`
-    of training, it is exactly `b_T = (1 − target_sparsity)·total_weights`. Creating the allocator sets the initial
-    budget. It is allocated by size, unless the adapter's budgets already sum to it.
+    global budget is set according to the schedule and reallocated. After the last epoch, or after the fraction
+    `schedule_end` of training, it is exactly `b_T = (1 − target_sparsity)·total_weights`. Creating the allocator sets
+    the initial budget and allocates it by size; budgets of the adapter that already have this sum are kept.
 
     Most training loops need only one call to `attach`:
 
@@ -53,8 +54,8 @@ class BudgetAllocator:
         total_epochs: Number of training epochs.
         steps_per_epoch: Optimizer steps per epoch, not batches. With gradient accumulation, several batches are one
             step.
-        total_steps: Total number of optimizer steps, if training stops within an epoch. The last step always reaches
-            the target budget.
+        total_steps: Total number of optimizer steps; defaults to `total_epochs * steps_per_epoch`. Set it if training
+            stops within an epoch. After the last step, the budget always has its target value.
         adapter_name: Adapter to train; defaults to the first active one.
 
     Attributes:
@@ -142,13 +143,13 @@ class BudgetAllocator:
     # training loop -------------------------------------------------------------------------------------------------
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Attach to an optimizer: its steps drive the allocator and its state dict includes the allocator's state.
+        """Attach to an optimizer: its steps drive the allocator, and its state dict includes the allocator's state.
 
-        The importance is updated before the optimizer changes the parameters (after, with `zero_init_ema=True`). In
-        `optimizer.step(closure)`, it is updated after the closure's first call. The budget changes after the step. A
-        step skipped by a gradient scaler counts when `optimizer.zero_grad()` clears the overflowed gradients. If FSDP
-        shards the factors, call `advance_to` for skipped steps instead. `attach` works before and after
-        `optimizer.load_state_dict`.
+        The importance is updated before the optimizer changes the parameters; in `optimizer.step(closure)`, this is
+        after the closure's first call. With `zero_init_ema=True`, it is updated after the step instead. The budget
+        changes after the step. A step that a gradient scaler skips is counted when `optimizer.zero_grad()` clears the
+        overflowed gradients. If FSDP shards the factors, call `advance_to` for skipped steps instead. `attach` may be
+        called before or after `optimizer.load_state_dict`.
 
         Args:
             optimizer: Any optimizer, possibly wrapped by Accelerate.
@@ -178,7 +179,7 @@ class BudgetAllocator:
                 "create_snella_optimizer(model, lr=…)",
                 stacklevel=2,
             )
-        # the default adapter's key has no suffix, so that earlier optimizer states still load
+        # the default adapter's key has no suffix, so that optimizer states of earlier versions still load
         key = _STATE_KEY if self.adapter_name == "default" else f"{_STATE_KEY}_{self.adapter_name}"
         self._handles = [
             *store_in_state(optimizer, key, self._packed_state, self._load_packed_state),
@@ -191,7 +192,7 @@ class BudgetAllocator:
         return self
 
     def _set_attached(self, is_attached: bool) -> None:
-        """Tell the adapters' watches whether this allocator sets the budgets."""
+        """Tell the watches, which warn if no allocator is attached, whether this allocator sets the budgets."""
         for watch in self._watches:
             if is_attached:
                 watch.allocators.add(id(self))
@@ -211,10 +212,10 @@ class BudgetAllocator:
         self._set_attached(False)
 
     def update_and_allocate(self, step: int) -> None:
-        """Update the importance, and reallocate the budget if due, in loops without `attach`.
+        """Update the importance, and reallocate the budget if due, in training loops without `attach`.
 
-        Call it once per optimizer step, between `loss.backward()` and `optimizer.step()` (after `optimizer.step()` with
-        `zero_init_ema=True`), before clearing the gradients.
+        Call it once per optimizer step, between `loss.backward()` and `optimizer.step()`. With `zero_init_ema=True`,
+        call it after `optimizer.step()` instead, before clearing the gradients.
 
         Args:
             step: 1-based index of this optimizer step.
@@ -226,8 +227,8 @@ class BudgetAllocator:
     def advance_to(self, step: int) -> None:
         """Count skipped steps up to `step`, so that the budget reaches its target.
 
-        Use it in loops that skip steps under FSDP or that clear gradients without `optimizer.zero_grad()`.
-        `SnellaCallback` calls it.
+        Call it if steps may be skipped and either FSDP shards the factors or the training loop clears gradients without
+        `optimizer.zero_grad()`. `SnellaCallback` calls it after every step.
         """
         while self.step < step:
             self._finish_step(self.step + 1)
@@ -237,13 +238,14 @@ class BudgetAllocator:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Update the importance, or wrap the step's closure to do so after its first call.
 
-        Returns the arguments with the wrapped closure, or `None` to keep them.
+        Returns the arguments with the wrapped closure, or `None` to keep the arguments.
         """
         if not self._has_checked_optimizer and not self._is_optimized_by(optimizer):
             raise NotImplementedError(
-                f"the parameters of {type(optimizer).__name__} were replaced after attach and no longer include the "
-                f"factors of adapter {self.adapter_name!r}, as deepspeed.initialize does; their gradients are "
-                "unavailable; train with DDP or FSDP, or without an allocator (target_sparsity = init_sparsity)"
+                f"the parameters of {type(optimizer).__name__} were replaced after attach (e.g. by "
+                f"deepspeed.initialize) and no longer include the factors of adapter {self.adapter_name!r}, whose "
+                "gradients are unavailable; train with DDP or FSDP, or without an allocator "
+                "(target_sparsity = init_sparsity)"
             )
         self._has_checked_optimizer = True
         self._has_updated_importance = False
@@ -268,10 +270,10 @@ class BudgetAllocator:
         return args, {**kwargs, "closure": wrapped_closure}
 
     def _update_importance_once(self, optimizer: Optimizer, *, has_stepped: bool = False) -> None:
-        """Update the importance once per step, before or, if `has_stepped`, after the parameters change."""
+        """Update the importance once per step: before the parameters change or, if `has_stepped`, afterwards."""
         if not self._has_updated_importance:
             self._has_updated_importance = True
-            # a fused optimizer divides the gradients by their scale in its step, unless they overflowed
+            # a fused optimizer divides the gradients by the gradient scaler's scale in its step, unless they overflowed
             scale = getattr(optimizer, "grad_scale", None)
             if has_stepped and not getattr(optimizer, "found_inf", 0):
                 scale = None
@@ -333,7 +335,7 @@ class BudgetAllocator:
 
     def _allocate(self, step: int) -> None:
         """Allocate the budget after `step` steps and write it into the layers."""
-        # current time and end of the schedule, both in epochs or in steps
+        # current time and end of the schedule, both in epochs or both in steps
         t = step
         end = self.total_steps
         if self.config.realloc_every == "epoch":
@@ -394,7 +396,7 @@ class BudgetAllocator:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore budgets, averages and history from a `state_dict`.
+        """Restore the budgets, importance averages, step, and history from a `state_dict`.
 
         Raises:
             ValueError: If the format, matrices, rank or importance metric of the state do not match.
@@ -417,9 +419,9 @@ class BudgetAllocator:
         self._set_budgets([int(value) for value in state["budgets"].values()])
 
     def _packed_state(self) -> dict[str, Any]:
-        """Return the state with the history as a string.
+        """Return the state with the history as a JSON string.
 
-        torch.distributed.checkpoint rejects a list if the list in the current state has another length.
+        torch.distributed.checkpoint rejects a list if the list in the current state has a different length.
         """
         state = self.state_dict()
         return {**state, "history": json.dumps(state["history"])}
@@ -448,7 +450,7 @@ class _ZeroGradHook:
         self.zero_grad(*args, **kwargs)
 
     def remove(self) -> None:
-        """Remove the hook. Inside another wrapper, it remains but only forwards calls."""
+        """Remove the hook. If another wrapper encloses it, the hook remains but only forwards calls."""
         self.callback = lambda _: None
         attributes = self.optimizer.__dict__
         if attributes.get("zero_grad") is self:
@@ -458,7 +460,7 @@ class _ZeroGradHook:
 
 
 def _reject_deepspeed(optimizer: Any) -> None:
-    """Reject DeepSpeed optimizers, possibly wrapped by Accelerate, whose gradients are not in `.grad`."""
+    """Reject DeepSpeed optimizers, even inside Accelerate's wrapper, because they keep no gradients in `.grad`."""
     inner = optimizer
     while inner is not None:
         if any(cls.__module__.partition(".")[0] == "deepspeed" for cls in type(inner).__mro__):

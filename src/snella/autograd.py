@@ -1,8 +1,10 @@
 """The adapted layer as an autograd function whose backward pass rebuilds the update instead of saving it.
 
-The backward pass needs the input, the base weight, the factors and scalars, and one threshold per matrix. From these it
-rebuilds the merged matrices `ΔW` and the effective weight `W0 + Σ scaling·S`. A base weight without a dense matrix in
-memory (`LazyWeight`, e.g. a quantized weight) is materialized in both passes. `DERIVATION.md` derives the gradients.
+A kernel function merges the factors and scalars of an update into matrices `ΔW`. The update `S` is nonzero only where
+the magnitude of `ΔW` exceeds the threshold of its matrix. The backward pass needs the input, the base weight `W0`, the
+factors and scalars, and one threshold per matrix. From these, it rebuilds `ΔW` and the effective weight
+`W0 + Σ scaling·S`. A base weight without a dense matrix in memory (`LazyWeight`, e.g. a quantized weight) is
+materialized in both passes. `DERIVATION.md` derives the gradients.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class RecomputeCache:
     """Results of a recomputed forward pass, reused by the following backward pass.
 
     Activation checkpointing reruns a layer's forward pass immediately before the layer's backward pass. The cache
-    avoids computing the same matrices twice. All calls of a layer share one cache while its parameters do not change.
+    avoids computing the same matrices twice. All calls of a layer share one cache while the layer's parameters do not
+    change.
     """
 
     def __init__(self) -> None:
@@ -77,7 +80,7 @@ class LayerCall:
         weight_shape: `[m, …]`.
         cache_delta: If True, save `ΔW` (with Numba kernels, the effective weight) for the backward pass.
         lazy: The weight, if it is a `LazyWeight`.
-        recompute: Cache for results that activation checkpointing recomputes, if any.
+        recompute: Cache for the results of a forward pass that activation checkpointing repeats, or `None`.
         origin: Recomputes the input in the backward pass, if the input is not saved.
     """
 
@@ -114,7 +117,7 @@ def adapted_layer(
 
         y = op(x, W0 + Σ_k scaling_k·S_k) + bias
 
-    Under autocast the input and the effective weight are cast to the autocast dtype. Updates are always merged in at
+    Under autocast, the input and the effective weight are cast to the autocast dtype. Updates are always merged in at
     least float32.
 
     Args:
@@ -123,7 +126,7 @@ def adapted_layer(
             both passes, and the op computes in the dtype of `x`.
         bias: `[m]` or `None`.
         updates: Updates of this weight, each `[m, n]` with `n` the product of the weight's other axes. If one has
-            `backend="reference"` (differentiated by autograd), all must have it.
+            `backend="reference"` (differentiated by autograd), all of them must.
         op: The layer's operation.
         weight_shape: Shape of the weight if `weight` is `None`; defaults to `[m, n]`.
         cache_delta: If True, save `ΔW` (with Numba kernels, the effective weight) for the backward pass instead of
@@ -133,7 +136,7 @@ def adapted_layer(
 
     Returns:
         The layer's output and the thresholds `[G]` of each update. Under autocast, the output has the autocast dtype.
-        Otherwise it has the dtype of `weight`, or of `x` if there is no dense weight.
+        Otherwise, it has the dtype of `weight`, or of `x` if there is no dense weight.
 
     Raises:
         ValueError: If both `weight` and `updates` are missing.
@@ -154,7 +157,7 @@ def adapted_layer(
     if isinstance(weight, Tensor) and not updates:
         return op(x, weight.to(x.dtype), bias), ()
     if updates and updates[0].spec.backend == "reference":
-        # needs more memory, because autograd saves the effective weight and every intermediate of the merge
+        # needs more memory, because autograd saves the effective weight and all intermediate results of the merge
         with torch.autocast(x.device.type, enabled=False):
             effective, thresholds = add_by_autograd(weight, updates, weight_shape)
             return op(x, effective.to(x.dtype), bias), thresholds
@@ -165,9 +168,9 @@ def adapted_layer(
 
 
 class _AdaptedLayer(torch.autograd.Function):
-    """Autograd function of `adapted_layer`, differentiable in input, weight, bias and the updates' factors.
+    """Autograd function of `adapted_layer`, differentiable in the input, weight, bias, and the updates' factors.
 
-    If `call.origin` is set, `input_sources` is saved instead of `x`, and the backward pass recomputes `x` from it.
+    If `call.origin` is set, `input_sources` are saved instead of `x`, and the backward pass recomputes `x` from them.
     """
 
     @staticmethod
@@ -274,7 +277,7 @@ def backward_pass(
         updates: As in the forward pass, with their thresholds.
         call: As in the forward pass.
         needs: Gradients to return. The others are `None`.
-        saved_merged: `Merged.delta` or `Merged.columns` of each update if saved, otherwise empty tuples.
+        saved_merged: `Merged.delta` or `Merged.columns` of each update, or an empty tuple if not saved.
         effective: The effective weight, if saved.
     """
     op, shape = call.op, call.weight_shape
@@ -342,8 +345,8 @@ def add_updates(
     """Return `W0 + Σ scaling·S`, `[m, …]`, from merged matrices.
 
     Args:
-        weight: `W0`, or `None` for the sum of the updates. A sum with a `LazyWeight` is not rounded to the dtype of the
-            weight first.
+        weight: `W0`, or `None` for the sum of the updates. A sum with a `LazyWeight` is not first rounded to the dtype
+            of the weight.
         updates: Updates of this weight.
         merged: Merged matrices of each update.
         shape: Shape of the result.
@@ -385,8 +388,8 @@ def _base_and_out(
     """Return the weight as a matrix, and the output buffer of the sum: a new tensor, or the memory of a lazy weight.
 
     Backends read and write both in their dtypes, so neither needs a float32 copy. The sum with a lazy weight, or with a
-    float32 weight and no float64 factors, is rounded only once, to `dtype`. Any other sum is rounded to the dtype of
-    the weight.
+    float32 weight and no float64 factors, is rounded only once, to `dtype`. Any other sum is first rounded to the dtype
+    of the weight.
     """
     owns_buffer = isinstance(weight, LazyWeight)
     weight = weight.materialize() if isinstance(weight, LazyWeight) else weight
@@ -408,7 +411,8 @@ def _grad_weight(
 ) -> Tensor:
     """Return ∂L/∂W `[m, …]`.
 
-    For a frozen linear weight, it may be estimated from a sample of tokens, or zero where `S` is zero.
+    For a frozen linear weight, it may be estimated from a sample of tokens or computed in bfloat16, and entries where
+    `S` is zero may be zero.
     """
     if needs.weight or not isinstance(call.op, LinearOp):
         return call.op.grad_weight(grad_y, x, call.weight_shape)
@@ -468,7 +472,7 @@ def sparsify_update(update: Update) -> tuple[list[Tensor], Tensor]:
     """Merge and sparsify every matrix of an update with differentiable torch operations.
 
     Returns:
-        `G` tensors `[rows, n]` without `scaling`, and the thresholds `[G]`.
+        `G` tensors `[rows, n]`, not multiplied by `scaling`, and the thresholds `[G]`.
     """
     spec, factors, budgets, thresholds = update
     deltas = [spec.merge_matrix(matrix) for matrix in spec.matrices(factors)]
@@ -483,8 +487,8 @@ def add_by_autograd(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Compute `W0 + Σ scaling·S`, differentiable by autograd in all inputs, as the reference implementation.
 
-    The sum is computed in the widest dtype of `weight` and the updates and rounded once to the dtype of `weight`. A
-    `LazyWeight` is materialized in at least float32.
+    The sum is computed in the widest dtype of `weight` and the updates, and rounded once to the dtype of `weight`. A
+    materialized `LazyWeight` is first converted to at least float32.
 
     Args:
         weight: Base weight, `[m, …]`, or `None` for the sum of the updates.
@@ -492,7 +496,7 @@ def add_by_autograd(
         shape: Shape of the result if `weight` is `None`; defaults to `[m, n]`.
 
     Returns:
-        The sum, with the shape and dtype of `weight` (without a weight, `shape` and the dtype of the merged updates),
+        The sum, with the shape and dtype of `weight` (or `shape` and the dtype of the merged updates if it is `None`),
         and the thresholds of each update.
     """
     base: Tensor | None

@@ -69,7 +69,7 @@ class BudgetBuffers(BufferDict):
     not assignments.
     """
 
-    # without the layer itself, because a reference cycle would keep a deleted model in memory
+    # does not refer to the layer itself, because a reference cycle would keep a deleted model in memory
     _group: LayerBudgets | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -96,7 +96,7 @@ def link_budgets(layer: SnellaLayer) -> None:
 
 
 def compute_seal(budget: int) -> int:
-    """Return a hash of a budget that averaging does not preserve, to detect averaged budgets."""
+    """Return the seal of a budget: a hash that averaging does not preserve, so that averaged budgets are detected."""
     # multiplicative hash of a square, because the mean of squares is not the square of the mean
     return (budget + 1) ** 2 * 0x9E3779B1 % 0x7FFFFFFF
 
@@ -149,7 +149,7 @@ def _record_budgets(layer: SnellaLayer | LayerBudgets, adapter_name: str, budget
 def seal_budgets(layer: SnellaLayer | LayerBudgets, adapter_name: str, budgets: tuple[int, ...] | None = None) -> None:
     """Seal the buffer's values and record them as the live budgets.
 
-    If the caller knows the values, it passes them as `budgets` to avoid reading the buffer.
+    A caller that knows the values can pass them as `budgets` to avoid reading the buffer.
     """
     buffer = layer.snella_budget[adapter_name]
     if buffer.is_meta:  # there are no values to seal yet
@@ -162,7 +162,7 @@ def seal_budgets(layer: SnellaLayer | LayerBudgets, adapter_name: str, budgets: 
 
 
 def seal_all_budgets(layer: SnellaLayer, *_: Any) -> None:
-    """Seal the loaded budgets, as a hook of `load_state_dict`."""
+    """Seal the loaded budgets; registered as a hook of `load_state_dict`."""
     for name in layer.snella_budget:
         seal_budgets(layer, name)
 
@@ -170,7 +170,7 @@ def seal_all_budgets(layer: SnellaLayer, *_: Any) -> None:
 def restore_budgets(layer: SnellaLayer, *_: Any, only_changed: bool = False) -> None:
     """Replace averaged budgets with the live ones, for code that reads the buffers directly.
 
-    Also serves as a hook of `state_dict`. If `only_changed`, buffers whose version is unchanged are not read, which
+    Also registered as a hook of `state_dict`. If `only_changed`, buffers whose version is unchanged are not read, which
     avoids a device synchronization.
     """
     read = layer.budgets if only_changed else partial(read_budgets, layer)
@@ -181,7 +181,7 @@ def restore_budgets(layer: SnellaLayer, *_: Any, only_changed: bool = False) -> 
 
 @contextmanager
 def buffers_off_meta(layer: SnellaLayer) -> Iterator[None]:
-    """Keep budgets and seals on their device when the layer moves to the meta device, e.g. in accelerate."""
+    """Keep budgets and seals on their device if the layer moves to the meta device in this block."""
     buffer_dicts = (layer.snella_budget, layer.snella_seal)
     originals = [(buffers, name, buffers[name]) for buffers in buffer_dicts for name in buffers]
     yield

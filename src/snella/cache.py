@@ -1,6 +1,7 @@
 """Caches of thresholds and effective weights, invalidated by parameter changes and optimizer steps.
 
-The effective weight of a layer is its base weight plus all updates.
+The effective weight of a layer is its base weight plus the updates of all active adapters. An update is nonzero only
+where the magnitude of its merged matrix exceeds a threshold.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def _count_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def compute_fingerprint(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, int, int], ...] | None:
-    """Return the ids, addresses and versions of tensors, of which every recorded write changes at least one.
+    """Return the ids, addresses, and versions of tensors; every recorded write to a tensor changes at least one.
 
-    Returns `None` if a tensor was created in inference mode or is on the meta device, because its writes are not
+    Returns `None` if a tensor was created in inference mode or is on the meta device, because writes to it are not
     recorded.
     """
     entries = []
@@ -79,7 +80,7 @@ class AdapterState:
 
 
 class LayerCache:
-    """Cache of a layer: thresholds (a few bytes) and, in evaluation, the effective weight and the factors' values.
+    """Cache of a layer: thresholds (a few bytes) and, in evaluation mode, the effective weight and the factors' values.
 
     An entry is valid as long as its inputs do not change. Copies and pickles start empty.
     """
@@ -128,7 +129,10 @@ class LayerCache:
         return state
 
     def weight(self, tensors: Sequence[Tensor], settings: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
-        """Return the effective weight, computed at most once per state of `tensors` and `settings`."""
+        """Return the effective weight, cached until an optimizer step or a change of `tensors` or `settings`.
+
+        It is not cached if writes to a tensor are not recorded (see `compute_fingerprint`).
+        """
         fingerprint = compute_fingerprint(tensors)
         if fingerprint is None:
             return compute()

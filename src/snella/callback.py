@@ -1,4 +1,4 @@
-"""Callback of transformers' `Trainer` that drives the budget allocator."""
+"""Callback for transformers' `Trainer` that drives the budget allocator."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class SnellaCallback(TrainerCallback):
     The optimizer's state includes the allocator's state, so the Trainer's checkpoints contain it and
     `resume_from_checkpoint` restores it.
 
-    If the data loader has no length, the length of an epoch is unknown. The budget is then reallocated at most 20 times
-    with `realloc_every="epoch"`.
+    If the data loader has no length, the length of an epoch is unknown. With `realloc_every="epoch"`, the budget is
+    then reallocated at most 20 times.
 
     Args:
         adapter_name: Adapter to train; defaults to the first active one.
@@ -48,7 +48,7 @@ class SnellaCallback(TrainerCallback):
         if model is None or optimizer is None:
             raise RuntimeError(
                 f"SnellaCallback requires the Trainer's model and optimizer, got {type(model).__name__} and "
-                f"{type(optimizer).__name__}; pass it to Trainer(callbacks=[…])"
+                f"{type(optimizer).__name__}; pass the callback to Trainer(callbacks=[…])"
             )
         if self.allocator is not None:
             self.allocator.detach()  # an interrupted run has left it attached
@@ -56,7 +56,7 @@ class SnellaCallback(TrainerCallback):
         length = len(train_dataloader) if has_length(train_dataloader) else 0
         if length:
             steps_per_epoch = math.ceil(length / args.gradient_accumulation_steps)
-        else:  # for a loader without length, the Trainer's number of epochs is huge
+        else:  # for a loader without a length, the Trainer's number of epochs is huge
             steps_per_epoch = max(math.ceil(state.max_steps / min(epochs, _EPOCHS_WITHOUT_LENGTH)), 1)
             epochs = max(math.ceil(state.max_steps / steps_per_epoch), 1)
         self.allocator = BudgetAllocator(

@@ -1,4 +1,4 @@
-"""Configuration of a SNELLA adapter."""
+"""Configuration of a SNELLA adapter. Equation numbers and "the paper" refer to arXiv 2510.24037."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ ImportanceMetric = Literal["sensitivity", "magnitude", "delta_magnitude", "delta
 Bias = Literal["none", "all", "snella_only"]
 
 MATCHED_KERNELS = ("mix_k", "p_linear")
-"""Kernels that `match_update` supports; their `ΔW` includes a weighted sum of piece distances."""
+"""Kernels that `match_update` supports; their merged matrix includes a weighted sum of piece distances."""
 
 # hints for names that other PEFT methods give to similar fields
 _COUNTERPARTS = {
@@ -130,7 +130,7 @@ class SnellaConfig(PeftConfig):
         init_sparsity: Fraction of zeros in the update at the start of training, at most `target_sparsity`.
         target_modules: Modules to adapt: a list of names or suffixes, a regular expression for full names, or
             `"all-linear"` (every linear layer except the head, patch embedding and patch merging). The default depends
-            on the model: the attention projections of Stable Diffusion 3, the image encoder of SAM, otherwise
+            on the model: the attention projections of Stable Diffusion 3, the image encoder of SAM, or
             `"all-linear"`. If only the head has linear layers (e.g. in a ResNet), the default is the ungrouped
             convolutions, except the stem (the first convolution) and those inside modules named `downsample`.
         exclude_modules: Modules to exclude: a list of names or suffixes, or a regular expression for full names.
@@ -142,7 +142,7 @@ class SnellaConfig(PeftConfig):
             matrices (1 disables splitting). A mapping from suffixes to an integer or a list of row counts splits only
             the layers that it lists.
         rank_pattern: Ranks per layer, by module name or suffix, e.g. `{"attn.qkv": 16, "fc1": 4}`. The longest
-            matching key wins; all other layers use `r`.
+            matching key wins; layers that match no key use `r`.
         modules_to_save: Modules to train in full and save with the adapter, such as the classifier head.
         trainable_token_indices: Rows of the input embedding to train, or a mapping from embedding names to rows, as in
             `LoraConfig`.
@@ -159,13 +159,12 @@ class SnellaConfig(PeftConfig):
         preset: Defaults for fields left at `None`: `"paper"`; `"official"`, the behavior of the authors' released code;
             or `"matched"`, the paper's update with optimizer steps that are less sensitive to the learning rate
             (`match_update=True, schedule_end=0.7`).
-        sparsify_mode: `"soft"` (eq. 13), `"official"`, or `"none"`. With `"none"` the update is the merged matrix
-            (kernelized LoRA); requires `target_sparsity=0`.
-        learn_piece_coeff: If True, learn the coefficients `α_p`.
+        sparsify_mode: `"soft"` (eq. 13), `"official"`, or `"none"`. With `"none"`, the update is the merged matrix
+            (kernelized LoRA), and `target_sparsity` must be 0.
+        learn_piece_coeff: If True, learn the coefficients `α_p` of the pieces.
         learn_temperature: If True, learn the softmax temperature.
-        zero_init_ema: If True, start the moving averages of the importance at zero and update them after the
-            optimizer step, as in the authors' code. Otherwise they start at the first value and are updated before the
-            step.
+        zero_init_ema: If True, start the moving average of the importance at zero and update it after the optimizer
+            step, as in the authors' code. Otherwise, it starts at the first value and is updated before the step.
         allocation: `"competition"` allocates the budget by importance, `"uniform"` by size (SNELL).
         schedule: Budget schedule: `cubic`, `quadratic`, `linear` or `constant`.
         match_update: If True, `create_snella_optimizer` scales the factors' steps so that each step changes the update
@@ -182,7 +181,7 @@ class SnellaConfig(PeftConfig):
         softmax_dim: 0 normalizes each column of the merged matrix over its outputs, 1 each row over its inputs.
         center_softmax: Subtract the softmax's mean. Not in the paper.
         cache_delta: Save the merged matrix (the effective weight with numba) for the backward pass instead of
-            rebuilding it. In evaluation, also cache the effective weight of layers with a quantized base weight.
+            rebuilding it. In evaluation mode, also cache the effective weight of layers with a quantized base weight.
         recompute_inputs: Recompute an adapted layer's input in the backward pass instead of saving it. Applies to
             outputs of normalizations and activations, whose input autograd saves anyway, and to tensors derived from
             them in supported blocks (windows, gates, modulations). The recomputed values are bit-identical. Writes to
@@ -201,16 +200,16 @@ class SnellaConfig(PeftConfig):
         impl: Implementation of the adapted layer: `"auto"`, `"triton"` (Triton kernels on a CUDA device), `"numba"`
             (Numba kernels on the CPU), `"eager"` or `"reference"`; see `snella.functional.adapted_linear`.
         init_weights: `True` draws small factors: with `mix_k`, the RMS of the update of a 768×768 weight starts near
-            5e-6. With `sigmoid` and `rbf`, `ΔW` starts near 0.5 and 1, so the initial update is large. In narrow
-            layers, updates of kernels with pieces start smaller than in the paper (see
+            5e-6. With `sigmoid` and `rbf`, the merged matrix starts near 0.5 and 1, so the initial update is large.
+            In narrow layers, updates of kernels with pieces start smaller than in the paper (see
             `SnellaLayer.max_initial_ratio`). `False` draws larger factors, for tests.
         unused_modules: Set by `PeftModel.save_pretrained`; do not set it. Adapted modules that the model neither called
             nor read, and that are therefore untrained. Merging the loaded adapter warns about them.
 
     Raises:
         TypeError: If a field is unknown; the message suggests the closest field or its counterpart.
-        ValueError: If any field has a wrong type, or else is out of range or conflicts with another; the message lists
-            all of them.
+        ValueError: If any field has a wrong type, is out of range, or conflicts with another field. The message lists
+            all wrong types or, if there are none, all other problems.
     """
 
     r: int = 8
@@ -351,7 +350,7 @@ class SnellaConfig(PeftConfig):
 
         Raises:
             ValueError: If a field is invalid, the tensor file is damaged, or the ranks do not match the saved tensors.
-                Raised before memory for the factors is allocated.
+                The error is raised before memory for the factors is allocated.
         """
         config: SnellaConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
@@ -375,7 +374,7 @@ class SnellaConfig(PeftConfig):
             rank = config.rank_of(module)
             if shape[-1:] != [rank]:
                 raise ValueError(
-                    f"adapter_config.json sets rank {rank} for {module}, but {path} contains {name} {shape}; "
+                    f"adapter_config.json sets rank {rank} for {module}, but {path} contains {name} of shape {shape}; "
                     "the configuration and the tensors belong to different adapters"
                 )
         return config
@@ -391,7 +390,7 @@ class SnellaConfig(PeftConfig):
         return kwargs
 
     def _choice_errors(self) -> list[str]:
-        """Return messages about invalid choices, each with the closest valid one, and about choices that conflict."""
+        """Return messages about invalid choices, with the closest valid one if any, and about choices that conflict."""
         choices = {
             "preset": get_args(Preset),
             "kernel": tuple(KERNELS),
@@ -530,13 +529,13 @@ def read_config(folder: str | Path) -> PeftConfig:
     peft_type = settings.get("peft_type")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
     if config_class is None:
-        raise ValueError(f"peft_type in {path} must be a method of PEFT, got {peft_type!r}")
+        raise ValueError(f"peft_type in {path} must be a PEFT method, got {peft_type!r}")
     config: PeftConfig = config_class.from_peft_type(**config_class.check_kwargs(**settings))
     return config
 
 
 def _has_type(value: Any, annotation: Any) -> bool:
-    """Return whether a value has an annotated type; tuples, sets and ranges count as lists, integers as floats."""
+    """Return whether a value has the annotated type; tuples, sets, and ranges count as lists, integers as floats."""
     origin = get_origin(annotation)
     args = get_args(annotation)
     if origin is UnionType:

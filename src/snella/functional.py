@@ -1,4 +1,4 @@
-"""Functional API of the adapted layer: `y = x (W0 + scaling·S)ᵀ + bias` as one product."""
+"""Functional API of the adapted layer, which computes `y = x (W0 + scaling·S)ᵀ + bias` with one product."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def adapted_linear(
 ) -> Tensor:
     """Apply a linear layer with one sparse, high-rank weight update.
 
-        y = x (W0 + scaling·S)ᵀ + bias,   S = sparsify(merge_factors(A, B), keep_threshold(·, budget))
+        y = x (W0 + scaling·S)ᵀ + bias,   S = sparsify(ΔW, keep_threshold(ΔW, budget)),   ΔW = merge_factors(A, B)
 
     Args:
         x: `[…, n]`.
@@ -53,12 +53,12 @@ def adapted_linear(
         alpha: 0-dim.
         beta: 0-dim.
         temperature: 0-dim or `None`.
-        num_pieces: `P`.
+        num_pieces: `P`, the number of pieces per factor row.
         softmax_dim: 0 or 1.
         center_softmax: If True, subtract the mean of the softmax.
         scaling: Scaling factor of `S`.
-        mode: `"soft"` (eq. 13), `"official"` (with `quantile_threshold`) or `"none"` (`S = ΔW`), which requires the
-            budget `m·n`.
+        mode: `"soft"` (eq. 13 of arXiv 2510.24037), `"official"` (with `quantile_threshold`), or `"none"` (`S = ΔW`),
+            which requires the budget `m·n`.
         impl: `"eager"` (torch operations with a hand-written backward pass that rebuilds the update), `"numba"` (Numba
             kernels on the CPU), `"triton"` (Triton kernels on a CUDA device), `"auto"` (see `choose_backend`) or
             `"reference"` (torch operations with autograd).

@@ -1,7 +1,8 @@
-"""Importance of each adapted matrix, smoothed over optimizer steps (eqs. 7–11).
+"""Importance of each adapted matrix, smoothed over optimizer steps (eqs. 7–11 of arXiv 2510.24037).
 
-The allocator divides the budget among the matrices in proportion to it. If FSDP shards the factors, each process tracks
-only the factor entries that it holds.
+A matrix has two trained factors, `A` and `B`, from which its sparse update `S` is computed. The allocator divides the
+budget, the maximum number of nonzero entries of all updates, among the matrices in proportion to their importance. If
+FSDP shards the factors, each process tracks only the factor entries that it holds.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class _Observation(NamedTuple):
     value: Tensor
     gradient: Tensor | None
     entries: _EntryRange | None = None
-    """Range of the entries in `value`, or `None` unless FSDP shards a factor of any matrix."""
+    """Range of the entries in `value`, or `None` if FSDP shards no factor of any matrix."""
 
 
 class _FlatAverages(NamedTuple):
@@ -63,9 +64,9 @@ class ImportanceTracker:
         U ← β2·U + (1 − β2)·|Ī − I|                      U(0) = 0
         p = mean(Ī_A ⊙ U_A) + mean(Ī_B ⊙ U_B)            one number per matrix
 
-    `delta_magnitude` (W-Magnitude) applies eqs. 7 to 11 to the sparse update instead of the factors: `I = |S|`,
-    `p = mean(Ī_S ⊙ U_S)`. It stores two numbers per adapted weight. `delta_mean_magnitude` smooths only the mean of
-    `|S|` and stores two numbers per matrix.
+    `delta_magnitude` (the paper's W-Magnitude) applies eqs. 7 to 11 to the sparse update instead of the factors:
+    `I = |S|`, `p = mean(Ī_S ⊙ U_S)`. It stores two numbers per adapted weight. `delta_mean_magnitude` smooths only the
+    mean of `|S|` and stores two numbers per matrix.
 
     Args:
         matrices: The adapted matrices.
@@ -103,8 +104,8 @@ class ImportanceTracker:
             gradient_scale: Scale of the gradients, from a gradient scaler.
 
         Raises:
-            NotImplementedError: If FSDP shards the factors and the metric is computed from the updates, or FSDP1 shards
-                them with `HYBRID_SHARD`.
+            NotImplementedError: If FSDP shards the factors and the metric is computed from the updates, or if FSDP1
+                shards the factors with `HYBRID_SHARD`.
         """
         if self.metric in _UPDATE_METRICS:
             observations = self._observe_updates()
@@ -160,7 +161,7 @@ class ImportanceTracker:
         if self._ranges:
             values = _all_reduce(values, distributed.ReduceOp.SUM)
         elif distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            # gradients are already averaged, so the processes differ only by rounding; use the values of the first
+            # gradients are already averaged, so the processes differ only by rounding; use rank 0's values
             values = values.cuda() if distributed.get_backend() == "nccl" else values.cpu()
             distributed.broadcast(values, src=0)
         return values.tolist()
@@ -269,7 +270,7 @@ class ImportanceTracker:
         """Update both moving averages.
 
         Half-precision gradients occasionally overflow, and a moving average never recovers from an infinite value. A
-        non-finite importance therefore counts as equal to its average, or as 0 if there is no average yet.
+        non-finite importance therefore counts as equal to its moving average, or as 0 if there is none yet.
         """
         importance = torch.cat([observation.value.reshape(-1) for observation in observations]).float()
         gradients = [
@@ -319,7 +320,7 @@ class ImportanceTracker:
         """Restore the averages of the same matrices.
 
         Raises:
-            ValueError: If the shapes of the averages do not match, because the rank or the metric differs.
+            ValueError: If the metric or the shapes of the averages do not match, e.g. because the rank differs.
         """
         if (metric := state.get("metric", self.metric)) != self.metric:
             raise ValueError(
@@ -368,7 +369,7 @@ def is_sharded(factor: Tensor) -> bool:
 
 
 def _factor_layout(matrix: AdaptedMatrix) -> tuple[tuple[int, int], tuple[torch.Size, torch.Size]]:
-    """Return the positions of a matrix's `A` and `B` in the layer's flattened factors, and their shapes."""
+    """Return the positions of a matrix's `A` and `B` in the layer's flattened factors, and the shapes of both."""
     layer = matrix.layer
     rank = layer.snella_config[matrix.adapter_name].rank_of(layer.module_name)
     rows, columns = matrix.shape
@@ -421,7 +422,7 @@ def _local_shard(factor: Tensor, start: int) -> _Shard:
         full_gradient = gradient.full_tensor().reshape(-1) if is_dtensor(gradient) else None
         return _Shard(value.full_tensor().reshape(-1), full_gradient, 0, world_size)
     num_shards = mesh.size(mesh_dims[0])
-    # all shards have equally many rows, except for the last ones
+    # all shards have the same number of rows, except for the last ones
     first_row = min(mesh.get_local_rank(mesh_dims[0]) * -(-rows // num_shards), rows)
     local_gradient = gradient.to_local().reshape(-1) if is_dtensor(gradient) else None
     position = first_row * value.shape[1:].numel()

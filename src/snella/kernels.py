@@ -19,11 +19,11 @@ from torch import Tensor
 
 
 class KernelScalars(NamedTuple):
-    """Learnable scalars of one matrix, of which a kernel reads only those in `Kernel.scalars`.
+    """Learnable scalars of one matrix; a kernel reads only those that `Kernel.scalars` names.
 
     Args:
         piece_coeff: `α_p`, one weight per piece, `[P]`.
-        alpha: `α`, the weight of the sigmoid, RBF or softmax term, 0-dim.
+        alpha: `α`, the weight of the sigmoid, RBF, or softmax term, 0-dim.
         beta: `β`, a constant added to every entry, 0-dim.
         temperature: `γ`, by which the softmax's input is divided, 0-dim. `None` means 1.
     """
@@ -37,7 +37,7 @@ class KernelScalars(NamedTuple):
         """Return the scalars with these names.
 
         Raises:
-            ValueError: If a scalar is missing.
+            ValueError: If a scalar is `None`.
         """
         values = {name: getattr(self, name) for name in names}
         missing = [name for name, value in values.items() if value is None]
@@ -54,7 +54,7 @@ class Factors(NamedTuple):
     Args:
         A: Input-side factors, `[G, n, r]`.
         B: Output-side factors, `[m, r]`, the rows of all matrices concatenated.
-        piece_coeff: `[G, P]`. `KernelScalars` explains the scalars.
+        piece_coeff: `[G, P]`. See `KernelScalars` for the meaning of the scalars.
         alpha: `[G]`.
         beta: `[G]`.
         temperature: `[G]`.
@@ -209,7 +209,8 @@ class RBF(Kernel):
 class PLinear(Kernel):
     """Piecewise linear kernel of SNELL: `ΔW[i, j] = κ_p[i, j] = Σ_p α_p·d_p(A[j], B[i])`.
 
-    `d_p` is the Euclidean distance between the pieces `p` of both rows.
+    `d_p` is the Euclidean distance between piece `p` of one row and piece `p` of the other. SNELL (arXiv 2411.01800) is
+    the predecessor of SNELLA.
     """
 
     name = "p_linear"
@@ -286,7 +287,7 @@ def make_kernel(name: str, *, num_pieces: int = 2, softmax_dim: int = 0, center_
     Args:
         name: One of `KERNELS`.
         num_pieces: `P`.
-        softmax_dim: 0 or 1, see `Kernel`.
+        softmax_dim: 0 or 1; see `Kernel`.
         center_softmax: See `Kernel`.
 
     Raises:
@@ -322,12 +323,12 @@ def merge_factors(
         A: Input-side factor, `[n, r]`.
         B: Output-side factor, `[m, r]`.
         kernel: One of `KERNELS`.
-        piece_coeff: `α_p`, `[P]`; required by `p_linear`, `normalized_rbf` and `mix_k`.
+        piece_coeff: `α_p`, `[P]`; required by `p_linear`, `normalized_rbf`, and `mix_k`.
         alpha: 0-dim; required by all kernels except `linear` and `p_linear`.
-        beta: 0-dim; required together with `alpha`.
+        beta: 0-dim; required by the same kernels as `alpha`.
         temperature: `γ`, 0-dim, optional.
         num_pieces: `P`. It must divide `r` in kernels with `piece_coeff`.
-        softmax_dim: 0 or 1, see `Kernel`.
+        softmax_dim: 0 or 1; see `Kernel`.
         center_softmax: See `Kernel`.
 
     Returns:

@@ -3,6 +3,7 @@
 An adapter changes the weight `W0` of its base layer by a sparse update, `scaling·S`. A kernel function merges the
 factors `A` and `B` into the matrix `ΔW`. `S` is nonzero only where the magnitude of `ΔW` exceeds a threshold, and the
 budget is the maximum number of these entries. The effective weight is `W0` plus the updates of all active adapters.
+The layer's op (see `snella.ops`) is the matrix product or convolution that applies a weight to the input.
 """
 
 from __future__ import annotations
@@ -58,15 +59,15 @@ logger = logging.getLogger(__name__)
 
 
 class UpdatePlan(NamedTuple):
-    """Updates for one use of a layer: a forward pass, a merge or a read of the weight.
+    """Updates for one use of a layer: a forward pass, a merge, or a read of the weight.
 
     Args:
         names: Adapters whose updates are folded into the weight, i.e. added to it before the op.
-        updates: Updates of these adapters, with their thresholds if they are cached. In a compiled graph, their
-            `budgets` are empty, because the graph reads the buffer.
+        updates: Updates of these adapters, including any cached thresholds. In a compiled graph, `Update.budgets` is
+            empty, because the graph reads the budgets from their buffer.
         states: Cached states that store the thresholds, one per folded update. Empty in a compiled graph, which caches
             nothing.
-        branches: Adapters whose updates cannot be folded, because dropout or drop-path acts on them.
+        branches: Adapters whose updates cannot be folded, because they use dropout or drop-path.
         cache_delta: True if a folded adapter sets `cache_delta`.
     """
 
@@ -99,13 +100,13 @@ class UpdatePlan(NamedTuple):
         return y
 
     def add_branches(self, layer: SnellaLayer, y: Tensor, x: Tensor, apply: Callable[[Tensor, str], Tensor]) -> Tensor:
-        """Return `y` plus the updates that are branches.
+        """Return `y` plus the outputs of the branches.
 
         Dropout acts on the input of each branch, and drop-path on its output.
 
         Args:
             layer: Layer of this plan.
-            y: Output of the layer without these updates.
+            y: Output of the layer without the branches.
             x: Input of the layer.
             apply: Applies the update of the adapter with the given name to an input.
         """
@@ -119,7 +120,7 @@ class UpdatePlan(NamedTuple):
         return y
 
     def cache_thresholds(self, thresholds: Iterable[Tensor]) -> None:
-        """Cache the thresholds of each update."""
+        """Cache the thresholds of each folded update."""
         for state, update_thresholds in zip(self.states, thresholds, strict=True):
             state.thresholds = update_thresholds
 
@@ -129,16 +130,17 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
 
         y = op(x, W0 + Σ scaling·S) + bias
 
-    The updates are folded into the base weight, i.e. added to it before the op, so the layer runs one op. In training,
-    an update with dropout on its input or drop-path on its output is a separate branch instead.
+    The updates are folded into the base weight, i.e. added to it before the op, so the layer runs a single op. In
+    training, an update with dropout on its input or drop-path on its output is a separate branch instead.
 
     The weight `[m, …]` is treated as a matrix `[m, n]` that consists of `G` stacked matrices (3 in a fused qkv layer),
     each with its own budget. An adapter of rank `r` has `snella_A` `[G, n, r]`, `snella_B` `[m, r]`, the kernel's
-    scalars `[G]` or, for `P` pieces, `[G, P]`, and `snella_budget` `[G]`. The budgets are saved with the adapter, so a
-    reloaded adapter has exactly the same weights. `snella.budgets` protects the budgets from model averaging.
+    scalars (`[G, P]` for the coefficients of `P` pieces, `[G]` for all others), and `snella_budget` `[G]`. The budgets
+    are saved with the adapter, so a reloaded adapter has exactly the same update. `snella.budgets` protects the budgets
+    from model averaging.
 
     Args:
-        base_layer: Layer to adapt, or one projection of an attention.
+        base_layer: Layer to adapt, or one projection of an attention module.
         adapter_name: Name of the first adapter.
         config: Configuration of this adapter.
         row_counts: Rows of each stacked matrix; must sum to `m`.
@@ -162,7 +164,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     pads_input: Any = False
     """True if the input must be padded before the op. `Conv2d` overrides it with a property."""
     linear_op: LinearOp
-    """Op of a linear layer, with the `weight_gradient` of its adapters."""
+    """Op of a linear layer, configured by the `weight_gradient` of its adapters."""
 
     def __init__(
         self,
@@ -197,7 +199,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.register_load_state_dict_post_hook(seal_all_budgets)
         self._unmerged_weight: Tensor | None = None
         self._unmerged_quantized: tuple[LazyWeight, Any] | None = None
-        # the hooks of the base layer, for compiled graphs; an attention's `ProjectionWeight` is not a module
+        # the hooks of the base layer, for compiled graphs; the `BaseProjection` of an attention module has none
         self._base_hook_dicts = hook_dicts(base_layer) if isinstance(base_layer, nn.Module) else ()
         self.quantization = find_quantization(base_layer, module_name)
         shape = self._weight().shape
@@ -233,9 +235,9 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def weight(self) -> Tensor:
         """Differentiable weight with the updates of all active adapters, for models that read it directly.
 
-        A quantized base weight is returned without updates. `F.linear` with this weight is computed like a call of the
-        layer. In any other operation, dropout and drop-path have no effect on the update, and autograd saves the weight
-        for the backward pass.
+        A quantized base weight is returned without updates. Outside compiled graphs, `F.linear` with the weight of a
+        linear layer is computed like a call to the layer. In any other operation, dropout and drop-path have no effect
+        on the update, and autograd saves the weight for the backward pass.
         """
         names = self._names_in_use()
         base = self.get_base_layer()
@@ -283,7 +285,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
                 updates.append(Update(spec, factors, ()))
                 continue
             budgets = self.budgets(name)
-            # keyed by the mode: Lightning sets `training` without `train()`, after swapping factors through `.data`
+            # `training` is part of the key: Lightning sets it without `train()`, after swapping factors through `.data`
             state = self._cache.adapter(name, factors, budgets, (spec.mode, self.training))
             updates.append(Update(spec, factors, budgets, state.thresholds))
             states.append(state)
@@ -337,16 +339,16 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the base weight, and keep the original weight for a bit-exact `unmerge`.
 
-        A quantized weight is dequantized, updated and requantized, with a warning about the requantization error.
+        A quantized weight is dequantized, updated, and requantized, with a warning about the requantization error.
 
         Args:
-            safe_merge: Check that the merged weight is finite before writing it.
+            safe_merge: If True, check that the merged weight is finite before writing it.
             adapter_names: Adapters to merge; defaults to the active ones.
 
         Raises:
             ValueError: If `safe_merge` finds non-finite values, or the merged adapters have different values of `impl`.
-            NotImplementedError: If the base weight is on the meta device, has 8 bits without quantization, or is
-                computed from other parameters (e.g. by `weight_norm`).
+            NotImplementedError: If the base weight is on the meta device, has 8 bits per entry but is not quantized, or
+                is computed from other parameters (e.g. by `weight_norm`).
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.snella_A]
         if names:
@@ -368,7 +370,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return orient(self.get_base_layer(), delta.to(dtype or self.snella_A[adapter].dtype))
 
     def sparse_updates(self, adapter_name: str) -> list[Tensor]:
-        """Return an adapter's detached `S` of each matrix, `[rows, n]`, not multiplied by `scaling`."""
+        """Return an adapter's detached `S` for each matrix, `[rows, n]`, not multiplied by `scaling`."""
         plan = self._plan_updates([adapter_name])
         update = plan.updates[0]._replace(spec=replace(plan.updates[0].spec, scaling=1.0))
         shape = torch.Size((self.out_features, self.in_features))
@@ -433,7 +435,10 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.clear_cache()
 
     def budgets(self, adapter_name: str) -> tuple[int, ...]:
-        """Return the budget of each matrix. The buffer is read only after a change, because a read synchronizes."""
+        """Return the budget of each matrix.
+
+        The buffer is read only after it has changed, because reading it synchronizes with the device.
+        """
         buffer: Any = self._modules["snella_budget"]._buffers[adapter_name]  # type: ignore[union-attr]
         record = self._budgets.records.get(adapter_name)
         if record is None or record.buffer is not buffer:
@@ -454,7 +459,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return self._plan_updates([adapter_name]).updates[0]
 
     def backend_name(self, adapter_name: str) -> str:
-        """Return the backend of an adapter's update: `"eager"`, `"reference"`, `"numba"` or `"triton"`."""
+        """Return the backend of an adapter's update: `"eager"`, `"reference"`, `"numba"`, or `"triton"`."""
         return get_spec(self, adapter_name, self.snella_A[adapter_name]).backend
 
     def weight_name(self, name: str) -> str:
@@ -487,8 +492,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation.
 
-        A change of the mode frees cached tensors. Averaged budgets are restored, because a compiled graph reads the
-        buffers directly.
+        A change of the mode frees cached tensors. It also restores averaged budgets, as does any switch to evaluation,
+        because a compiled graph reads the buffers directly.
         """
         is_change = mode != self.training
         if is_change:
@@ -498,12 +503,12 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> Self:
-        """Mark the layer as used, because attributes that a replica sets are lost."""
+        """Mark the original layer as used, because attributes that a replica sets are lost."""
         self.is_applied = True
         return cast(Self, super()._replicate_for_data_parallel())
 
     def clear_cache(self) -> None:
-        """Free cached tensors, such as the effective weight in evaluation."""
+        """Free cached tensors, such as the effective weight in evaluation mode."""
         self._cache.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -516,7 +521,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return self
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, torch.dtype | None]:
-        """Return the device and dtype that the factors need: float32 if the base weight has 8 bits."""
+        """Return the device and dtype for the factors: float32 if the base weight has 8 bits per entry."""
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         return device, torch.float32 if dtype is not None and dtype.itemsize == 1 else dtype
 
@@ -530,7 +535,7 @@ class Linear(SnellaLayer):
     """Adapted linear layer, or transformers' `Conv1D`, which stores its weight transposed."""
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return True: the update adds to a linear layer's weight, and a low-rank fit can approximate it."""
+        """Return True: the update is added to a linear layer's weight, and a low-rank fit can approximate it."""
         return True
 
     def __repr__(self) -> str:
@@ -592,8 +597,8 @@ def needs_gradients(layer: SnellaLayer, names: list[str]) -> bool:
 def _prepare_input(layer: SnellaLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast and pad the input.
 
-    Under autocast, `adapted_layer` casts it instead: a cast here would drop its `Mark`, from which the backward pass
-    recomputes the input.
+    Under autocast, `adapted_layer` casts it instead: a cast here would drop its `Mark` (see `snella.memory.origins`),
+    from which the backward pass recomputes the input.
     """
     check_floating_point(x, layer.module_name)
     if not torch.is_autocast_enabled(x.device.type):
@@ -610,7 +615,7 @@ def _forward_in_hooks(
     layer: SnellaLayer, base: nn.Module, names: list[str], x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """Run `_forward_updated` inside the base layer's hooks, which may load the weight only for this call."""
-    loaded: list[Any] = []  # weight, dtype and device during the call
+    loaded: list[Any] = []  # weight, dtype, and device during the call
 
     def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         weight: Any = base.weight
@@ -624,7 +629,7 @@ def _forward_in_hooks(
     y: Tensor = call_inside_hooks(base, forward, x, *args, **kwargs)
     weight: Any = base.weight
     if weight is not loaded[0] or [weight.dtype, weight.device] != loaded[1:]:
-        layer.clear_cache()  # the hooks have offloaded the base weight, so free the effective weight as well
+        layer.clear_cache()  # the hooks have offloaded or cast the base weight, so free the effective weight as well
     return y
 
 
@@ -635,7 +640,7 @@ def _forward_base(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -> T
     if layer.quantization is None or layer.quantization.is_safe_to_apply(base):
         y = layer.base_layer(x, *args, **kwargs)
         return y
-    # a forward pass of this base layer may change its weight; multiply by the dequantized weight instead
+    # the base layer's own forward pass may change its weight, so multiply by the dequantized weight instead
     prepared = _prepare_input(layer, x, product_dtype(layer, x))
     y, _ = adapted_layer(prepared, layer._weight(), cast(Any, base).bias, [], layer._op())
     return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
@@ -705,7 +710,8 @@ def reject_tracing(module_name: str) -> None:
 def _multiply_read(layer: SnellaLayer, x: Tensor, bias: Tensor | None) -> Tensor | None:
     """Return `F.linear` of `x` and the effective weight, or `None` if the caller must compute the weight.
 
-    Returns `None` in evaluation without gradients, where the effective weight is cached, and if the dtypes differ.
+    Returns `None` if no adapter is in use, in evaluation mode without gradients (where the effective weight is cached),
+    and, without autocast, if the dtypes differ.
     """
     names = layer._names_in_use()
     if not names or not (layer.training or needs_gradients(layer, names)):
@@ -719,7 +725,7 @@ def _multiply_read(layer: SnellaLayer, x: Tensor, bias: Tensor | None) -> Tensor
 
 
 def _read(layer: SnellaLayer, names: list[str]) -> Tensor:
-    """Return `W0 + Σ scaling·S`, `[m, …]`. Like a forward pass, cache it in evaluation without gradients."""
+    """Return `W0 + Σ scaling·S`, `[m, …]`; like a forward pass, cache it in evaluation mode without gradients."""
     weight = cast(Tensor, layer._weight())
     check_weight(layer, weight)
     layer.is_applied = True
@@ -747,7 +753,7 @@ def _is_regularized(layer: SnellaLayer, adapter_name: str) -> bool:
 def get_base(layer: SnellaLayer) -> Any:
     """Return `layer.get_base_layer()` with fewer Python calls."""
     base = layer._modules.get("base_layer")
-    # the base layer of an attention's projection is not a module, and other base layers may wrap another layer
+    # the base layer of an attention projection is not an `nn.Module`, and any other may itself wrap a base layer
     return layer.get_base_layer() if base is None or "base_layer" in base._modules else base
 
 
@@ -770,7 +776,7 @@ def adapter_tensors(layer: SnellaLayer, names: list[str]) -> list[Tensor]:
 
 
 def check_written(layer: SnellaLayer, names: list[str]) -> None:
-    """Invalidate the evaluation caches if factors were written without a change of version, e.g. through `.data`."""
+    """Invalidate the evaluation caches if factors were written without a version change, e.g. through `.data`."""
     for name in names:
         layer._cache.check_written(name, [factor for factor in get_factors(layer, name) if factor is not None])
 
@@ -794,7 +800,7 @@ def get_spec(layer: SnellaLayer, adapter_name: str, A: Tensor) -> UpdateSpec:
 
 
 def update_specs(layer: SnellaLayer) -> None:
-    """Update the specs after a change of scaling, device or dtype."""
+    """Update the specs after a change of scaling, device, or dtype."""
     for name, A in layer.snella_A.items():
         if not A.is_meta:
             get_spec(layer, name, A)
@@ -803,7 +809,7 @@ def update_specs(layer: SnellaLayer) -> None:
 def _init_parameters(layer: SnellaLayer, adapter_name: str) -> None:
     """Initialize an adapter's factors and scalars, and bound its initial update by `max_initial_ratio`.
 
-    Does nothing if they are on the meta device, because loading an adapter fills them.
+    Does nothing if the factors are on the meta device, because loading the adapter fills them later.
     """
     factors = get_factors(layer, adapter_name)
     rows = layer.matrix_rows(adapter_name)
@@ -834,7 +840,7 @@ def drop_adapter(layer: SnellaLayer, adapter_name: str) -> None:
 def _update_linear_op(layer: SnellaLayer) -> None:
     """Choose the settings of the op, which all adapters of the layer share.
 
-    The token share is the largest of all adapters. Products are rounded to bfloat16 only if all adapters do so.
+    The token share is the largest among all adapters. bfloat16 gradients are used only if all adapters request them.
     """
     settings = [parse_weight_gradient(config.weight_gradient) for config in layer.snella_config.values()]
     shares = [share for share, _ in settings]

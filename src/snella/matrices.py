@@ -14,7 +14,7 @@ from snella.layer import SnellaLayer
 
 _NUMBERED = re.compile(r"(.*(?:layer|block)_)?\d+")  # "3", or torchvision's "encoder_layer_3"
 _INNER_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Names under which `torch.compile`, FSDP and activation checkpointing store the module that they wrap."""
+"""Names under which `torch.compile`, FSDP, and activation checkpointing store the module that they wrap."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
         depth = depths.get(_strip_wrappers(block))
         count = len(layer.row_counts[adapter_name])
         part_names = [str(group) for group in range(count)]
-        if count == 3:  # assumed to be query, key and value: the names of fused layers differ between models
+        if count == 3:  # assumed to be query, key, and value: the names of fused layers differ between models
             part_names = ["q", "k", "v"]
         elif count == 2 and name.rpartition(".")[2] == "kv":
             part_names = ["k", "v"]
@@ -139,7 +139,7 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
 
 
 def _strip_wrappers(name: str) -> str:
-    """Remove the parts that wrappers, e.g. PEFT, DDP and `torch.compile`, add to a module name."""
+    """Remove the parts that wrappers, e.g. PEFT, DDP, and `torch.compile`, add to a module name."""
     parts = name.split(".")
     while parts and parts[0] in {"base_model", "module", *_INNER_WRAPPERS}:
         wrapper = parts.pop(0)
@@ -149,9 +149,9 @@ def _strip_wrappers(name: str) -> str:
 
 
 def _number_blocks(model: nn.Module, adapted_layers: Iterable[str]) -> dict[str, int]:
-    """Number all blocks of the module lists that contain an adapted layer, including blocks without one.
+    """Number all blocks of the module lists that contain an adapted layer, including blocks that are not adapted.
 
-    Blocks whose names differ only in wrappers share a number.
+    Blocks whose names differ only in the names of wrappers share a number.
     """
     adapted_blocks = [_strip_wrappers(_split_name(name)[0]) for name in adapted_layers]
     patterns = {_mask_indices(block) for block in adapted_blocks if block}

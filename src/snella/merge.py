@@ -85,15 +85,15 @@ def merged_weight(
 
 @torch.no_grad()
 def merge_updates(layer: SnellaLayer, names: list[str], *, safe_merge: bool) -> None:
-    """Add the updates of these adapters to the base weight and store the state for `unmerge_updates`.
+    """Add the updates of these adapters to the base weight, and store the original state for `unmerge_updates`.
 
     The sum starts from the original weight, because merging adapters one by one would round at each step. See
     `SnellaLayer.merge`.
 
     Raises:
         ValueError: If `safe_merge` finds non-finite values, or the merged adapters have different values of `impl`.
-        NotImplementedError: If the base weight is on the meta device, has 8 bits without quantization, or is computed
-            from other parameters.
+        NotImplementedError: If the base weight is on the meta device, has 8 bits per entry but is not quantized, or is
+            computed from other parameters.
     """
     original = _original_weight(layer)
     check_weight(layer, original)
@@ -151,7 +151,7 @@ def refresh(layer: SnellaLayer, adapter_name: str, cache: MergeCache) -> None:
     weight = cast(Tensor, layer._weight())
     write_effective_weight(original, layer.get_update(adapter_name), weight, cache)
     if not weight.is_inference():
-        torch.autograd.graph.increment_version(weight)  # the kernels do not increment it themselves
+        torch.autograd.graph.increment_version(weight)  # compiled kernels do not increment it themselves
 
 
 @dataclass
@@ -174,8 +174,8 @@ def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: M
     Args:
         weight: `W0`, `[m, …]`.
         update: The update.
-        out: Output with the shape and dtype of `weight`, in different memory. With Numba kernels, contiguous tensors
-            and a filled cache, the call allocates no other tensor of this size.
+        out: Output with the shape and dtype of `weight`, in different memory. With Numba kernels, contiguous tensors,
+            and a filled cache, the call allocates no tensor of this size.
         cache: Cache that the first call with this update fills and later calls read.
     """
     update = update._replace(thresholds=cache.thresholds)
@@ -228,7 +228,7 @@ def _write_quantized(layer: SnellaLayer, merged: Tensor, original: LazyWeight) -
 class EffectiveWeight(Tensor):
     """Lazy `W0 + Σ scaling·S`, the value of `layer.weight`, computed by the first operation that reads it.
 
-    Shape, dtype, device and `data` come from the base weight, and in-place operations write into the base weight.
+    Shape, dtype, device, and `data` come from the base weight, and in-place operations write into the base weight.
     In-place operations on a view, e.g. `weight[0].zero_()`, do not change the layer.
     """
 
@@ -243,13 +243,14 @@ class EffectiveWeight(Tensor):
         compute: Callable[[], Tensor],
         multiply: Callable[[Tensor, Tensor | None], Tensor | None] | None,
     ) -> EffectiveWeight:
-        """Create a lazy weight with the shape, dtype and device of `base`.
+        """Create a lazy weight with the shape, dtype, and device of `base`.
 
         Args:
             base: The base weight.
             compute: Returns the weight with its updates.
-            multiply: Returns `F.linear` of an input, this weight and a bias, without saving the weight for the backward
-                pass, or `None` if the weight must be computed. This argument is `None` if the layer is not linear.
+            multiply: Returns `F.linear` of an input, this weight, and a bias, without saving the weight for the
+                backward pass, or `None` if the weight must be computed. This argument is `None` for convolutions and
+                transformers' `Conv1D`.
         """
         weight = base.detach().as_subclass(EffectiveWeight)
         weight._base_weight = base
@@ -268,7 +269,7 @@ class EffectiveWeight(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `func` with the base weight for metadata and writes, otherwise with the effective weight."""
+        """Call `func` with the base weight for metadata and writes, and otherwise with the effective weight."""
         kwargs = kwargs or {}
         name = func.__name__
         unwrap = partial(tree_map_only, EffectiveWeight, EffectiveWeight.value)
@@ -287,7 +288,7 @@ class EffectiveWeight(Tensor):
         return func(*unwrap(args), **unwrap(kwargs))
 
 
-def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # the names in `F.linear`
+def _multiply(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # named as in `F.linear`
     """Return `F.linear` of an effective weight that has not been computed yet, or `None` for other arguments."""
     if not isinstance(weight, EffectiveWeight) or weight._multiply is None or weight._effective is not None:
         return None

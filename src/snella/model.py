@@ -26,8 +26,8 @@ from snella._utils import has_suffix, listed
 from snella.budgets import budget_error, buffers_off_meta
 from snella.compat.attention import (
     AdaptedAttention,
+    BaseProjection,
     Projection,
-    ProjectionWeight,
     disable_fast_path,
     input_projections,
     is_adaptable,
@@ -82,8 +82,8 @@ class SnellaModel(BaseTuner):
             `trainable_token_indices` names a missing embedding or row.
         TypeError: If a targeted module is neither linear nor a 2D convolution, or `config` is not a `SnellaConfig`.
         NotImplementedError: If a targeted module has an unsupported quantized weight or padding, a shared weight, a
-            custom `forward` or an adapter of another method, or is the output projection of a root-level attention; if
-            `impl` does not support the updates; or if `ensure_weight_tying=True` and a target is tied.
+            custom `forward`, or an adapter of another method, or is the output projection of an attention module at the
+            root; if `impl` does not support the updates; or if `ensure_weight_tying=True` and a target is tied.
         ImportError: If `impl` is `"triton"` or `"numba"`, and the package is missing or unusable.
         RuntimeError: If a targeted bitsandbytes module is not quantized yet, or `impl` is `"triton"` and its kernels
             fail the first-use check.
@@ -136,9 +136,9 @@ class SnellaModel(BaseTuner):
         return any(self._check_target_module_exists(peft_config, name) for name in module_names)
 
     def _resolve_targets(self, targets: set[str] | list[str] | str | None, model: nn.Module) -> set[str] | str:
-        """Resolve `None` and `"all-linear"` to module names, and warn if they exclude most of the weights.
+        """Resolve `None` and `"all-linear"` to module names, and warn if the names exclude most of the weights.
 
-        Returns a regular expression as it is.
+        Returns a regular expression unchanged, and a list of names as a set.
         """
         is_default = targets is None
         if targets is None:
@@ -167,7 +167,10 @@ class SnellaModel(BaseTuner):
         return set(names)
 
     def _check_ranks(self, peft_config: SnellaConfig, model: nn.Module) -> None:
-        """Reject pattern keys that match no module, and factors far larger than the weights before allocating them."""
+        """Reject keys of `rank_pattern` and `qkv_groups` that match no module, and factors far larger than the weights.
+
+        This check runs before the factors are allocated.
+        """
         names = []
         num_weights = 0
         num_entries = 0
@@ -184,7 +187,7 @@ class SnellaModel(BaseTuner):
             else:
                 continue
             for weight_name, (m, n) in shapes:
-                # the output projection of an adapted attention
+                # an adapted attention module contains its output projection in `base_layer`
                 module_name = weight_name.replace(".base_layer.", ".")
                 names.append(module_name)
                 num_weights += m * n
@@ -202,9 +205,9 @@ class SnellaModel(BaseTuner):
             )
 
     def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
-        """Check for tied embeddings like PEFT, but match expressions with a time limit."""
+        """Check for tied embeddings as PEFT does, but match expressions with a time limit."""
         targets = getattr(peft_config, "target_modules", None)
-        # PEFT would match an expression without a limit, so it gets the matching names instead
+        # PEFT would match an expression without a time limit, so pass it the matching names instead
         if isinstance(targets, str) and targets.lower() != "all-linear":
             check_expression(targets, [name for name, _ in model.named_modules()])
             peft_config.target_modules = _matching_names(targets, model)  # type: ignore[attr-defined]
@@ -214,7 +217,7 @@ class SnellaModel(BaseTuner):
             peft_config.target_modules = targets  # type: ignore[attr-defined]
 
     def _add_modules_to_save_to_tie(self, peft_config: SnellaConfig, tied_weight_keys: list[str]) -> None:
-        """Save only the input embedding, because PEFT ties the modules that share its weight."""
+        """Of all tied modules, save only the input embedding, because PEFT ties the others to it."""
         embedding = self.model.get_input_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is embedding)
         tied = set(tied_weight_keys)
@@ -236,9 +239,9 @@ class SnellaModel(BaseTuner):
     def _add_output_projections(
         self, targets: set[str] | str, peft_config: SnellaConfig, model: nn.Module
     ) -> set[str] | str:
-        """Add the output projections of all targeted torch attentions to the targets.
+        """Add the output projections of all targeted torch attention modules to the targets.
 
-        A regular expression is then replaced with the names that it matches.
+        If there are any, a regular expression is replaced with the names that it matches.
         """
         resolved_config = copy.copy(peft_config)
         resolved_config.target_modules = targets
@@ -266,12 +269,12 @@ class SnellaModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        """Match like PEFT, but with a time limit, and also apply `layers_to_transform` to full names."""
-        # modules inside an adapted attention match under their original name
+        """Match as PEFT does, but with a time limit, and also apply `layers_to_transform` to full names."""
+        # modules inside an adapted attention module match under their original name
         key = key.replace(".base_layer.", ".")
         if not isinstance(peft_config, SnellaConfig):
             return check_target_module_exists(peft_config, key)
-        # a copy without expressions, which PEFT would match without a limit, and without block indices, checked below
+        # a copy without expressions, which PEFT would match without a limit, and without block indices (checked below)
         names_only = copy.copy(peft_config)
         names_only.layers_to_transform = None
         for field in ("target_modules", "exclude_modules"):
@@ -290,7 +293,7 @@ class SnellaModel(BaseTuner):
         flags_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             with warnings.catch_warnings():
-                # PEFT compares the keys with the targets, which do not list an attention's projections
+                # PEFT compares the keys with the targets, which do not list the projections of attention modules
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -356,15 +359,15 @@ class SnellaModel(BaseTuner):
 
         Raises:
             ValueError: See `SnellaLayer.merge` and `TokenAdapter.merge`.
-            NotImplementedError: If another module uses the base weight of an adapted layer, or this weight is
-                computed from other parameters (e.g. by `weight_norm`).
+            NotImplementedError: See `SnellaLayer.merge`; also if another module uses the base weight of an adapted
+                layer.
         """
         self._check_merges(adapter_names)
         with combined_warning():
             super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
-        """Let PEFT merge and replace all layers, then move tokens back and remove the hooks that mark outputs."""
+        """Let PEFT unload all layers, merged or not, then move tokens back and remove the hooks that mark outputs."""
         tokens = token_adapters(self.model)
         if kwargs.get("merge", not args or args[0]):  # PEFT's first parameter, True by default
             self._check_merges(**kwargs)
@@ -394,9 +397,9 @@ class SnellaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        """Adapt a target: a linear layer, a convolution, or the projections of a torch attention."""
+        """Adapt a target: a linear layer, a convolution, or the projections of a torch attention module."""
         if isinstance(parent, AdaptedAttention) and target_name != "out_proj":
-            return  # the wrapped attention, or a projection that is adapted with the attention
+            return  # the wrapped attention module, or a projection that is adapted together with it
         if isinstance(parent, (nn.MultiheadAttention, AdaptedAttention)) and target_name == "out_proj":
             self._adapt_output(peft_config, adapter_name, parent, current_key)
             return
@@ -423,7 +426,7 @@ class SnellaModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _adapt_output(self, peft_config: SnellaConfig, adapter_name: str, parent: nn.Module, current_key: str) -> None:
-        """Adapt the output projection of a torch attention through a wrapper: only the attention can apply it."""
+        """Adapt the output projection of a torch attention module in a wrapper, because the module never calls it."""
         name = current_key.replace(".base_layer.", ".").rpartition(".")[0]
         if not name:
             raise NotImplementedError(
@@ -432,7 +435,7 @@ class SnellaModel(BaseTuner):
             )
         attention = self.model.get_submodule(name)
         if not is_adaptable(attention):
-            choose_layer_class(attention, name)  # raises an error, because the attention has a custom `forward`
+            choose_layer_class(attention, name)  # raises an error, because the module has a custom `forward`
         attention_parent = self.model.get_submodule(name.rpartition(".")[0])
         wrapper = self._wrap_attention(attention, name.rpartition(".")[2], attention_parent)
         # an adapted output projection has two names here; adapt it only under its name in the wrapper
@@ -440,7 +443,7 @@ class SnellaModel(BaseTuner):
             self._adapt_projection(peft_config, adapter_name, wrapper, "out_proj", name)
 
     def _wrap_attention(self, attention: nn.Module, attention_name: str, parent: nn.Module) -> AdaptedAttention:
-        """Return the wrapper of a torch attention, created and inserted if necessary."""
+        """Return the wrapper of a torch attention module, created and inserted if necessary."""
         if isinstance(attention, AdaptedAttention):
             return attention
         wrapper = AdaptedAttention(cast(nn.MultiheadAttention, attention)).train(attention.training)
@@ -450,9 +453,9 @@ class SnellaModel(BaseTuner):
     def _adapt_projection(
         self, peft_config: SnellaConfig, adapter_name: str, wrapper: AdaptedAttention, name: str, attention_name: str
     ) -> None:
-        """Add an adapter to one projection of a wrapped attention."""
+        """Add an adapter to one projection of a wrapped attention module."""
         full_name = f"{attention_name}.{name}"
-        base = ProjectionWeight(wrapper.base_layer, name).weight
+        base = BaseProjection(wrapper.base_layer, name).weight
         reject_quantized_projection(base, full_name)
         rows = count_rows(full_name, base.shape[0], base.shape[1], wrapper, peft_config.qkv_groups)
         is_new = wrapper.adapt(name, adapter_name, peft_config, rows, full_name)
@@ -461,9 +464,9 @@ class SnellaModel(BaseTuner):
             cast(Projection, wrapper.find_projection(name)).requires_grad_(False)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Replace a child of `parent`, while the tensors that accelerate has offloaded are loaded."""
+        """Replace a child of `parent` while the tensors that accelerate has offloaded are loaded."""
         if isinstance(child, (AdaptedAttention, AuxiliaryTrainingWrapper)):
-            # PEFT would copy a `weight`, which an attention or a head with several layers lacks
+            # PEFT would copy a `weight`, which attention modules and heads with several layers lack
             setattr(parent, child_name, new_module)
             return
         # PEFT moves the factors to the base weight's current device
@@ -477,7 +480,7 @@ class SnellaModel(BaseTuner):
         """Raise an error, because one pair of factors cannot represent a sum of sparse updates.
 
         Raises:
-            NotImplementedError: Always. The message describes an equivalent.
+            NotImplementedError: Always. The message describes an alternative.
         """
         raise NotImplementedError(
             f"add_weighted_adapter({adapters}, {weights}, {adapter_name!r}) is not supported: one pair of factors "
@@ -505,16 +508,16 @@ class SnellaModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Select the entries like PEFT, and check the adapter before it is saved.
+        """Select the entries as PEFT does, and check the adapter before it is saved.
 
         Runs the checks of `TrainingWatch.on_saving`, and records the layers that the model has not used in
         `SnellaConfig.unused_modules`. PEFT looks up entries by module name and removes only the leading
-        `_fsdp_wrapped_module` from this name. FSDP1 and torch's checkpoint wrapper also insert modules inside these
-        names, but not into the keys of `state_dict`.
+        `_fsdp_wrapped_module` from this name. FSDP1 and torch's checkpoint wrapper also insert such parts elsewhere in
+        module names, but not in the keys of `state_dict`.
 
         Raises:
-            ValueError: If no layer has the adapter, or `state_dict` has entries, but no factor of the adapter. An empty
-                `state_dict` is allowed, because FSDP gathers the weights on one rank only.
+            ValueError: If no layer has the adapter, or `state_dict` has entries but no factor of the adapter. An empty
+                `state_dict` is allowed, because FSDP gathers the weights on only one rank.
         """
         layers = _adapted_layers(model, [adapter_name])
         if not layers:
@@ -545,7 +548,7 @@ class SnellaModel(BaseTuner):
         return selected
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Mark parameters like PEFT, plus the biases of adapted attentions, whose names PEFT does not recognize."""
+        """Mark parameters as PEFT does, and also biases of adapted attention modules, which PEFT does not find."""
         super()._mark_only_adapters_as_trainable(model)
         if any(getattr(self.peft_config[name], "bias", "none") != "none" for name in self.active_adapters):
             for name in _attention_biases(model):
@@ -555,7 +558,7 @@ class SnellaModel(BaseTuner):
     def _get_learnable_bias_state_dict(
         cls, model: nn.Module, state_dict: dict[str, Tensor], config: PeftConfig
     ) -> dict[str, Tensor]:
-        """Select biases like PEFT, plus the biases of adapted attentions."""
+        """Select biases as PEFT does, and also those of adapted attention modules."""
         biases: dict[str, Tensor] = super()._get_learnable_bias_state_dict(model, state_dict, config)
         if getattr(config, "bias", "none") != "none":
             biases |= {name: state_dict[name] for name in _attention_biases(model) if name in state_dict}
@@ -565,10 +568,11 @@ class SnellaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Remap the keys like PEFT and reject tensors that do not fit this model.
+        """Remap the keys as PEFT does, and reject tensors that do not fit this model.
 
         Raises:
-            ValueError: If a tensor is missing, unknown, of another shape or not finite, or a budget is invalid.
+            ValueError: If a tensor is missing, is unknown, has a different shape, or is not finite, or if a budget is
+                invalid.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected: dict[str, Tensor] = {}
@@ -665,7 +669,7 @@ def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
     if not indices:
         return
     named_modules = model.named_modules(remove_duplicate=False)
-    # an embedding with an adapter has this suffix
+    # the base layer of an embedding with an adapter has this suffix
     modules = {name.removesuffix(".token_adapter.base_layer"): module for name, module in named_modules}
     if not isinstance(indices, dict):
         get_input_embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)
@@ -693,7 +697,7 @@ def _check_token_rows(peft_config: SnellaConfig, model: nn.Module) -> None:
 
 
 def _attention_biases(model: nn.Module) -> list[str]:
-    """Return the names of the biases of adapted attention projections; the attentions own these biases."""
+    """Return the names of the biases of adapted attention projections, which their attention modules own."""
     biases: dict[str, None] = {}  # an ordered set, because input projections share one bias
     for name, module in model.named_modules():
         for projection in module.projections() if isinstance(module, AdaptedAttention) else ():
@@ -704,13 +708,13 @@ def _attention_biases(model: nn.Module) -> list[str]:
 
 
 def _shared_weights(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
-    """Return the names and base layers of all modules with a weight that they share, one list per weight."""
+    """Return, for each shared weight, a list with the name and base layer of every module that uses it."""
     users: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if ".base_layer." in f"{name}.":  # included under the name of the adapted layer
+        if ".base_layer." in f"{name}.":  # already included under the name of the adapted layer
             continue
-        parameters = {"weight": base.weight} if isinstance(base, ProjectionWeight) else base._parameters
+        parameters = {"weight": base.weight} if isinstance(base, BaseProjection) else base._parameters
         for parameter_name, parameter in parameters.items():
             if parameter is not None and "bias" not in parameter_name:
                 users.setdefault(id(parameter), []).append((name, base))
@@ -720,7 +724,7 @@ def _shared_weights(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
 def _reject_unsafe_merges(model: nn.Module) -> None:
     """Before any change, reject merges that would be lost or would also change other modules with the same weight.
 
-    Trained token rows of tied embeddings may be merged if all modules with this weight train rows.
+    The trained token rows of tied embeddings may be merged if all modules that use the weight train rows.
     """
     for layer in (module for module in model.modules() if isinstance(module, SnellaLayer)):
         check_parameter(layer)

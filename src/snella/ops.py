@@ -55,8 +55,8 @@ class LinearOp:
     """`y = x Wᵀ + bias` for `x` `[…, n]` and `W` `[m, n]`.
 
     Args:
-        token_share: Fraction of the tokens from which the gradient of an update is estimated, see `sample_tokens`. With
-            1, it is computed from all tokens. All other gradients are exact.
+        token_share: Fraction of the tokens from which the gradient of an update is estimated (see `sample_tokens`). A
+            value of 1 uses all tokens. All other gradients are exact.
         is_rounded: If True, compute the gradient of an update in bfloat16.
     """
 
@@ -110,7 +110,7 @@ class Conv2dOp:
         return F.conv2d(x, weight, bias, self.stride, self.padding_sizes(weight.shape), self.dilation, self.groups)
 
     def grad_input(self, grad_y: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:  # noqa: D102
-        # only the shape of `x` matters here, and only that of the weight in `grad_weight`
+        # only the shape of `x` matters here; likewise, only the shape of the weight matters in `grad_weight`
         return self._backward(grad_y, grad_y.new_empty(1).expand(x_shape), weight, (True, False, False))[0]
 
     def grad_weight(self, grad_y: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:  # noqa: D102
@@ -123,7 +123,7 @@ class Conv2dOp:
         return [*self.stride, *self.padding_sizes(weight_shape), *self.dilation, self.groups]
 
     def _backward(self, grad_y: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool, bool]) -> list[Tensor]:
-        """Return the gradients of input, weight and bias that `mask` selects.
+        """Return the gradients of the input, weight, and bias, or `None` for those that `mask` does not select.
 
         An unbatched input gets a batch axis for this computation.
         """
@@ -146,7 +146,7 @@ class Conv2dOp:
         return [grad_x, grad_weight, grad_bias]
 
     def padding_sizes(self, weight_shape: torch.Size) -> tuple[int, ...]:
-        """Return the padding of both spatial axes in pixels, also for `"same"` and `"valid"`.
+        """Return the padding of both spatial axes in pixels, including for `"same"` and `"valid"`.
 
         Raises:
             NotImplementedError: If `padding="same"` requires asymmetric padding.
@@ -158,8 +158,9 @@ class Conv2dOp:
             totals = [dilation * (kernel_size - 1) for dilation, kernel_size in pairs]
             if any(total % 2 for total in totals):
                 raise NotImplementedError(
-                    f"padding='same' requires an odd kernel size, got kernel_size={list(weight_shape[2:])} with "
-                    f"dilation={list(self.dilation)}; pad the input manually and use padding=0"
+                    "padding='same' requires an odd kernel size or an even dilation, got "
+                    f"kernel_size={list(weight_shape[2:])} with dilation={list(self.dilation)}; pad the input manually "
+                    "and use padding=0"
                 )
             return (totals[0] // 2, totals[1] // 2)
         return self.padding
@@ -195,8 +196,8 @@ def layer_op_from_ints(ints: Sequence[int]) -> LayerOp:
 def without_view(y: Tensor) -> Tensor:
     """Return `y` as a non-view tensor over the same memory.
 
-    torch forbids in-place operations on a view returned by a custom autograd function. A product is a view if torch
-    reshapes it, e.g. for a convolution of an unbatched input.
+    torch forbids in-place operations on a view returned by a custom autograd function. The output of an op is a view if
+    torch reshapes it, e.g. in a convolution of an unbatched input.
     """
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
@@ -244,9 +245,9 @@ class LazyWeight:
         """Raise `RuntimeError` if the weight has changed since `versions`, as autograd does for saved tensors."""
         if self.versions() != versions:
             raise RuntimeError(
-                f"the source tensors of a weight {list(self.shape)} must not change between forward and backward pass: "
-                f"their versions were {list(versions)}, now {list(self.versions())}; change them before the forward or "
-                "after the backward pass"
+                f"the source tensors of a weight {list(self.shape)} must not change between forward and backward "
+                f"passes; their versions were {list(versions)}, now {list(self.versions())}; change them before the "
+                "forward pass or after the backward pass"
             )
 
 
@@ -308,7 +309,7 @@ def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tens
     # if all gradients are zero, sample uniformly; the estimate is zero
     norms = norms.clamp(min=torch.finfo(torch.float32).tiny)
     probs = norms * (k / norms.sum())
-    # clip probabilities at 1 and rescale the others so that they still sum to `k`, which may raise some above 1
+    # clip probabilities at 1 and rescale the others so that all sum to `k`; this may raise some above 1
     for _ in range(_ROUNDS):
         is_certain = probs >= 1
         uncertain_norms = torch.where(is_certain, 0, norms)

@@ -41,27 +41,27 @@ def create_snella_optimizer(
     match_update: bool | None = None,
     **optimizer_kwargs: Any,
 ) -> Optimizer:
-    """Create an optimizer with parameter groups for a SNELLA model, like the functions in `peft.optimizers`.
+    """Create an optimizer with parameter groups for a SNELLA model, as in `peft.optimizers`.
 
     The kernels' scalars need a smaller learning rate and no weight decay. `β` shifts every entry of `ΔW`, and an
     adaptive optimizer changes it by about one learning rate per step. At the factors' learning rate, `β` soon exceeds
-    the standard deviation of `ΔW`, and the coefficients `α_p`, initially ±0.1, change sign.
+    the standard deviation of `ΔW`, and the piece coefficients `α_p`, initially ±0.1, change sign.
 
     Args:
         model: Any model. Trainable parameters outside SNELLA, e.g. of the head, form separate groups.
         optimizer_cls: Optimizer class.
         lr: Learning rate of the factors `A` and `B`.
-        scalar_lr: Learning rate of `α`, `β`, `α_p` and the temperature.
+        scalar_lr: Learning rate of `α`, `β`, `α_p`, and the temperature.
         head_lr: Learning rate of all other trainable parameters; defaults to `lr`.
         weight_decay: Weight decay of the factors.
-        head_weight_decay: Weight decay of the other weights; defaults to `weight_decay`. Biases, norms,
-            `parameters_to_save` and `trainable_token_indices` have no weight decay.
+        head_weight_decay: Weight decay of all other trainable weights; defaults to `weight_decay`. Biases, norms,
+            `parameters_to_save`, and `trainable_token_indices` have no weight decay.
         match_update: If True, each step of the factors changes the update by about `lr` times the size of the adapted
             weights (see `StepMatcher`). Defaults to the setting in each adapter's configuration.
         optimizer_kwargs: Additional arguments of `optimizer_cls`.
 
     Returns:
-        An optimizer with the nonempty groups among `factors`, `scalars`, `head` and `head_no_decay`.
+        An optimizer with the nonempty groups among `factors`, `scalars`, `head`, and `head_no_decay`.
 
     Raises:
         ValueError: If the model has no trainable parameter, or if `match_update` finds no trainable factors or does not
@@ -163,8 +163,9 @@ def store_in_state(
 class StepMatcher:
     """Step scaling that makes each optimizer step change an update in proportion to its base weight.
 
-    `S` is quadratic in `ΔW`. Under Adam, the update grows with the square of learning rate times steps. Its growth
-    depends on `scaling`, the matrix's shape and the size of its weights. With
+    Except in mode `none`, `S` is quadratic in `ΔW`, so under Adam, the update grows with `(lr·steps)²`. Its relative
+    growth depends on `scaling`, the matrix's shape, and the size of the base weights. With the piece coefficients `α_p`
+    and
 
         τ = lr·rms(W0)/|scaling|               the target change of S per step
         c = 2·√mean|S|                         about rms(dS/dΔW), with the derivative of the factor; 1 where S = ΔW
@@ -172,7 +173,8 @@ class StepMatcher:
         step ← step · δ / (lr·rms(α_p)·√r)     an Adam step of lr in every entry changes ΔW by about lr·rms(α_p)·√r
 
     one step changes `scaling·S` by about `lr·rms(W0)` in every layer, for every backbone and scaling, throughout
-    training. If `W0` or the step is zero, the step is not scaled. The forward pass and the file formats do not change.
+    training. If `lr`, `scaling`, `W0`, or all `α_p` are zero, the step is not scaled. The forward pass and the file
+    formats do not change.
     `mean|S|` is measured every `interval` steps, whereas the learning rate is read at each step.
 
     Args:

@@ -23,8 +23,8 @@ def sparsify(delta: Tensor, threshold: Tensor, mode: SparsifyMode = "soft") -> T
         official:  S[i, j] = delta[i, j] · |delta[i, j]|·1[|delta[i, j]| > threshold]             (the authors' code)
         none:      S[i, j] = delta[i, j]                                                          (KLoRA, Table VII)
 
-    In mode `official` the factor `|delta|·1[…]` is a constant for differentiation, so ∂S/∂delta equals this factor. In
-    mode `soft` ∂S/∂delta = 2|delta| − threshold above the threshold. At the threshold both derivatives are 0.
+    In mode `official`, the factor `|delta|·1[…]` is a constant for differentiation, so ∂S/∂delta equals this factor. In
+    mode `soft`, ∂S/∂delta = 2|delta| − threshold above the threshold. At the threshold, both derivatives are 0.
 
     Args:
         delta: Merged matrix, `[m, n]`, floating point.
@@ -68,7 +68,7 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
 
     All entries that tie with `t` become zero. Fewer than `budget` entries remain if `t` occurs more than once among
     the largest `budget + 1`. No entry remains if the largest magnitude ties with `t`, e.g. in a constant matrix. Ties
-    occur if `delta` has few distinct values, e.g. in half precision, or with repeated rows or columns.
+    occur if `delta` has few distinct values (e.g. in half precision) or repeated rows or columns.
 
     Args:
         delta: Matrix of any shape, floating point.
@@ -119,7 +119,7 @@ def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
 
 
 def _smallest(magnitudes: Tensor, ranks: list[int]) -> list[Tensor]:
-    """Return the entry of each rank, from 0 for the smallest, without a full sort.
+    """Return the entries with these ranks (0 is the smallest), without a full sort.
 
     May reorder `magnitudes` in place.
     """

@@ -1,7 +1,7 @@
 """Target modules, matrices of fused layers, and heads of a model.
 
 A target is a module to adapt. A fused layer, such as `qkv`, stacks several matrices in one weight, and each matrix has
-its own budget. A head is a classifier or another predictor, which is not adapted by default.
+its own budget. A head is a classifier or other predictor, which is not adapted by default.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from snella.ops import orient
 
 # names of heads among a model's direct children
 _HEAD_NAMES = {"head", "heads", "head_dist", "classifier", "score", "fc", "lm_head", "qa_outputs", "proj_out"}
-# names of prediction heads in DeiT, detection and segmentation models, at any depth
+# names of prediction heads in DeiT and in detection and segmentation models, at any depth
 _PREDICTOR_NAMES = {
     *("cls_classifier", "distillation_classifier", "class_labels_classifier", "bbox_predictor", "class_predictor"),
     *("mask_predictor", "mask_embedder", "class_embed", "bbox_embed", "enc_score_head", "enc_bbox_head"),
@@ -66,7 +66,7 @@ def all_linear_names(model: nn.Module) -> list[str]:
     """Return the names of all linear layers to adapt.
 
     Includes linear layers, transformers' `Conv1D`, and `nn.MultiheadAttention` and its output projection, adapted or
-    not. Excludes the head, patch embedding, patch merging and modules inside adapters.
+    not. Excludes the head, patch embedding, patch merging, and modules inside adapters.
     """
     names = []
     for name, module in _candidates(model):
@@ -82,8 +82,8 @@ def plain_convolution_names(model: nn.Module) -> list[str]:
     """Return the names of the 2D convolutions to adapt in a model without linear layers outside its head.
 
     Includes ungrouped convolutions with the `forward` of `nn.Conv2d`. Excludes the model's first convolution (the
-    stem), the head, patch embedding, downsampling between stages, modules inside adapters, and even kernel sizes with
-    `padding="same"`.
+    stem), the head, patch embedding, downsampling between stages, modules inside adapters, and convolutions whose
+    `padding="same"` is asymmetric, because their kernel size is even and their dilation is odd.
     """
     stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     names = []
@@ -91,15 +91,18 @@ def plain_convolution_names(model: nn.Module) -> list[str]:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if not isinstance(base, nn.Conv2d) or base is stem or base.groups > 1 or _overridden_methods(base):
             continue
-        # such padding is asymmetric, which adapted convolutions do not support
-        is_asymmetric = base.padding == "same" and any(size % 2 == 0 for size in base.kernel_size)
-        if not is_asymmetric:
+        total_padding = [step * (size - 1) for step, size in zip(base.dilation, base.kernel_size, strict=True)]
+        is_asymmetric = base.padding == "same" and any(total % 2 for total in total_padding)
+        if not is_asymmetric:  # adapted convolutions do not support asymmetric padding
             names.append(name)
     return names
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules outside the head, patch embedding and patch merging, and outside attentions and adapters."""
+    """Return the modules that are not part of the head, patch embedding, patch merging, attention, or adapters.
+
+    Attention modules and adapted layers are included themselves, without the modules inside them.
+    """
     heads = _head_modules(model)
     candidates: list[tuple[str, nn.Module]] = []
     skipped_prefixes: list[str] = []
@@ -118,9 +121,9 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
-    """Return a message about the weights that the targets exclude, or `None` if they adapt at least half.
+    """Return a message about the weights that the targets exclude, or `None` if the targets cover at least half.
 
-    The model has no adapters yet. Its head, patch embedding and embeddings do not count.
+    The model has no adapters yet. Its head, patch embedding, patch merging, and other embeddings do not count.
     """
     adapted = set(names)
     num_adapted = 0
@@ -129,7 +132,7 @@ def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
         if name in adapted and isinstance(module, (nn.Linear, Conv1D, nn.Conv2d)):
             rows, columns = matrix_shape(module)
             num_adapted += rows * columns
-        elif name in adapted:  # an attention with all projections adapted
+        elif name in adapted:  # an attention module, all of whose projections are adapted
             num_adapted += sum(weight.numel() for weight in module.parameters() if weight.ndim > 1)
         elif not isinstance(module, nn.Embedding):
             for key, weight in module.named_parameters(recurse=False):
@@ -214,7 +217,7 @@ def count_rows(
         name: Full name of the module.
         out_features: Rows of its weight.
         in_features: Columns of its weight.
-        parent: Parent module; its config gives the number of key-value heads.
+        parent: Parent module; its `config`, if any, gives the numbers of attention and key-value heads.
         qkv_groups: See `SnellaConfig`.
 
     Raises:
@@ -292,7 +295,7 @@ def choose_layer_class(base: nn.Module, name: str) -> type[SnellaLayer]:
         RuntimeError: If the module is a bitsandbytes layer that is not quantized yet.
         TypeError: If the module is neither linear nor a 2D convolution.
     """
-    # attentions with the `forward` of torch are adapted by projection
+    # attention modules with torch's own `forward` do not reach this function: their projections are adapted
     if isinstance(base, nn.MultiheadAttention):
         raise NotImplementedError(
             f"target_modules matches {name!r}, a {class_name(base)} with a custom forward(), which may use the "

@@ -1,7 +1,7 @@
-"""Data types of a weight's update, and initial values of its factors.
+"""Data structures for a weight's update, and initial values of its factors.
 
-A kernel function merges the factors `A` and `B` into `ΔW`. The update `S` is the sparsified `ΔW` and is added to the
-base weight `W0`. The budget of a matrix is the maximum number of nonzero entries of `S`.
+A kernel function merges the factors `A` and `B` into `ΔW`. The update `S` is the sparsified `ΔW`, and `scaling·S` is
+added to the base weight `W0`. The budget of a matrix is the maximum number of nonzero entries of `S`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MIN_SHRINK = 0.1  # minimum scale of the factors, so that updates of near-zero 
 
 
 def row_slices(row_counts: Sequence[int]) -> tuple[slice, ...]:
-    """Return the row slice of each of the stacked matrices."""
+    """Return the row slice of each stacked matrix."""
     return tuple(slice(*bounds) for bounds in pairwise(accumulate(row_counts, initial=0)))
 
 
@@ -115,7 +115,7 @@ class UpdateSpec:
         return keep_threshold(delta, budget)
 
     def check(self, factors: Factors, budgets: Sequence[int], weight_shape: torch.Size | None = None) -> None:
-        """Raise `ValueError` unless the spec matches the tensors, budgets and weight shape `[m, …]`."""
+        """Raise `ValueError` unless the spec matches the tensors, budgets, and weight shape `[m, …]`."""
         A = factors.A
         B = factors.B
         if A.ndim != 3 or A.shape[0] != len(self.row_counts) or self.num_rows != B.shape[0]:
@@ -195,7 +195,7 @@ def bound_initial_update(factors: Factors, rows: Sequence[slice], kernel: Kernel
 
         √n · rms(S) / rms(W0) ≤ bound, for each matrix
 
-    The softmax sums to 1 over the `m` outputs, so `S` starts near `1/m²`, which is large in narrow layers. `S` is
+    The mean of a softmax over `m` outputs is `1/m`, so `S` starts near `1/m²`, which is large in narrow layers. `S` is
     estimated as `ΔW²`, without `scaling`, from at most 64 columns, or rows if `softmax_dim` is 1.
 
     Args:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from snella.config import SnellaConfig
     from snella.layer import SnellaLayer
 
-_STEPS_WITHOUT_ALLOCATOR = 2  # before the warning, because a script with a single step may only need its gradients
+_STEPS_WITHOUT_ALLOCATOR = 2  # steps before the warning; a script with a single step may need only its gradients
 _MIN_ENTRIES = 256  # minimum number of weights for the statistical tests of new heads
 _SIGMAS = 5.0  # tolerance of one statistical comparison, in standard deviations
 
@@ -63,7 +63,7 @@ class TrainingWatch:
         find_layers: Callable[[nn.Module], list[SnellaLayer]],
         find_heads: Callable[[nn.Module], dict[str, nn.Linear | nn.Conv2d]],
     ) -> None:
-        """Check the optimizer steps of an adapter until no checks remain.
+        """Run the checks of an adapter after each optimizer step until no checks remain.
 
         Args:
             model: Model with the adapter.
@@ -272,7 +272,7 @@ def _is_frozen(layer: nn.Module) -> bool:
 
 
 def _record_call(called: set[str], name: str, *_: Any) -> None:
-    """Record a call of a layer, as a forward hook that, unlike a closure, can be pickled."""
+    """Record a call to a layer (a forward hook that, unlike a closure, can be pickled)."""
     called.add(name)
 
 
@@ -284,7 +284,7 @@ def is_newly_initialized(weight: Tensor, bias: Tensor | None) -> bool:
 
     - All values are zero.
     - Weight and bias follow torch's default `U(-1/√n, 1/√n)`, with values close to the bound.
-    - The bias is zero, and the entries of the weight are independent, according to their mean, the row norms and the
+    - The bias is zero, and the entries of the weight look independent, judging by their mean, the row norms, and the
       angles between rows.
 
     The last two require at least 256 weights. They exclude trained layers, which have a nonzero bias and exceed the

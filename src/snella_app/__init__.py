@@ -1,4 +1,4 @@
-"""Python API of the application: fine-tune, evaluate and use vision models.
+"""Python API of the application: fine-tune, evaluate, and use vision models.
 
 run = train(data="photos", backbone="vit_base_patch16_224.augreg_in21k", out="runs/photos")
 load(run).predict("new.jpg").label

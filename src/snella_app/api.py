@@ -1,4 +1,4 @@
-"""Python entry point of training, `snella.train`."""
+"""Python entry point for training, `snella.train`."""
 
 import os
 from typing import Any
@@ -14,25 +14,25 @@ from snella_app.training.train import train as train_run
 
 
 def train(config: TrainConfig | None = None, *, console: Console | None = None, **settings: Any) -> RunFolder:
-    """Fine-tune a pre-trained vision model on labeled images, like the command `snella train`.
+    """Fine-tune a pre-trained vision model on labeled images, as the command `snella train` does.
 
         run = snella.train(data="photos", backbone="vit_base_patch16_224.augreg_in21k", out="runs/photos", epochs=20)
         snella.load(run).predict("new.jpg").label
 
     Args:
-        config: Configuration of the run, instead of settings.
+        config: Configuration of the run, as an alternative to `settings`.
         console: Console for progress and results. None selects standard output.
         **settings: Settings of `TrainConfig` by flat name, e.g. `lr`. `data` may also be a torch or Hugging Face
             dataset, or a mapping from split names (train, val, test) to datasets.
 
     Returns:
-        Run folder. With `folds`, this is the folder of the cross-validation run.
+        Run folder. With `folds` but no `fold`, this is the folder of the cross-validation run.
 
     Raises:
-        TypeError: If `config` and settings are both given, or a setting is unknown.
+        TypeError: If both `config` and `settings` are given, or a setting is unknown.
         ValueError: If settings are invalid. One message lists all errors.
 
-    Other errors are as for `snella_app.training.train.train`.
+    All other errors are those of `snella_app.training.train.train`.
     """
     if config is not None and settings:
         raise TypeError(f"train takes either config or settings, got both: config and {', '.join(settings)}")

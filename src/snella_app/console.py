@@ -27,7 +27,7 @@ class _Unpadded:
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Write text without trailing spaces, which are padding, because rich passes whole lines."""
+        """Write text without trailing spaces. They are padding, because rich passes whole lines."""
         return self.stream.write("\n".join(line.rstrip(" ") for line in text.split("\n")))
 
     def flush(self) -> None:
@@ -40,7 +40,7 @@ class _Unpadded:
 
 
 class _PersistentStream:
-    """Stream wrapper that discards output after the first write error, e.g. because the reader closed the pipe."""
+    """Stream wrapper that discards all output after the first write error, e.g. because a pipe was closed."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.stream = stream
@@ -93,7 +93,7 @@ def make_console(file: IO[str] | None = None, *, survives_closed_output: bool = 
 
     Args:
         file: Output stream; standard output if None.
-        survives_closed_output: Continue without output if writing fails, e.g. after `| head` or closing the terminal.
+        survives_closed_output: Continue without output if writing fails, e.g. because a terminal or pipe was closed.
     """
     stream = sys.stdout if file is None else file
     stream = cast(IO[str], _PersistentStream(stream)) if survives_closed_output else stream
@@ -151,7 +151,7 @@ def print_heading(console: Console, text: str) -> None:
 
 
 def track_progress(items: Iterable[_T], text: str, total: int, console: Console | None) -> Iterable[_T]:
-    """Wrap items in a progress bar if the console is a terminal, otherwise return them unchanged."""
+    """Wrap items in a progress bar if the console is a terminal; otherwise, return them unchanged."""
     if console is None or not console.is_terminal:
         return items
     from rich.progress import track

@@ -1,4 +1,4 @@
-"""Selection of the torch device and of the training precision, and a clock that waits for the device."""
+"""Torch device and training precision of a run, and a clock that waits for the device."""
 
 import time
 from contextlib import nullcontext
@@ -55,7 +55,7 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(name: str, device: torch.device) -> str:
     """Resolve the precision `auto`; other names are returned unchanged.
 
-    `auto` selects bf16 on CUDA GPUs and CPUs with bfloat16 instructions, otherwise fp32.
+    `auto` selects bf16 on CUDA GPUs and CPUs with bfloat16 instructions; otherwise, it selects fp32.
     """
     if name != "auto":
         return name
@@ -78,7 +78,7 @@ def move_to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Wait for pending CUDA work, which runs asynchronously, then return the time in seconds."""
+    """Wait for pending CUDA work, which runs asynchronously, and then return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

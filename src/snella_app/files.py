@@ -40,7 +40,7 @@ the temporary names would exceed the limit of the file system."""
 def annotate_write_errors(path: Path) -> Iterator[None]:
     """Add the file name to write errors, e.g. on a full disk.
 
-    Errors of libraries that contain a text of `WRITE_FAILURES` are raised again as OSError.
+    Errors of libraries whose message contains a substring in `WRITE_FAILURES` are raised again as OSError.
     """
     try:
         yield
@@ -82,7 +82,7 @@ def expand_user(path: str | Path) -> Path:
 
 
 def check_new(name: str, path: str | Path, *, overwrite: bool, is_folder: bool = False) -> None:
-    """Check that an output can be written.
+    """Check that an output does not exist or may be replaced.
 
     Args:
         name: Argument that names the output.
@@ -91,7 +91,7 @@ def check_new(name: str, path: str | Path, *, overwrite: bool, is_folder: bool =
         is_folder: True if the output is a folder.
 
     Raises:
-        FileExistsError: If `path` exists and `overwrite` is not set, or a file would replace a folder or the reverse.
+        FileExistsError: If `path` exists and `overwrite` is not set, or a file would replace a folder or vice versa.
     """
     path = Path(path)
     if path.exists() and path.is_dir() != is_folder:
@@ -114,7 +114,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     Several processes may write the same file. Leftover temporary files of killed processes are removed.
 
     Raises:
-        OSError: If the disk is full or not writable. Then the old file is unchanged.
+        OSError: If the disk is full or not writable. In this case, the old file is unchanged.
     """
     name = _short_name(path)
     # identifies the process, so that `_remove_leftovers` can check whether it still runs
@@ -134,7 +134,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @cache
 def _machine() -> str:
-    """Return a short ID of this machine, which distinguishes equal process IDs of different machines."""
+    """Return a short ID of this machine, which distinguishes equal process IDs on different machines."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
@@ -206,7 +206,7 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_intact(values: Any) -> bool:
-    """Return whether a sealed JSON object is unchanged. An object without a seal counts as unchanged."""
+    """Return whether a sealed JSON object is unchanged. A value without a seal counts as unchanged."""
     return not isinstance(values, Mapping) or SEAL not in values or values[SEAL] == _digest(values)
 
 

@@ -12,7 +12,7 @@
 | `snella.backbones` | `snella_app.backbones.create.NamedBackbone` | `--backbone NAME` |
 | `snella.reports` | function `(run folder) -> report path` | `snella inspect RUN --report` for runs of task NAME |
 | `snella.choices` | `method`: function `(config, console) -> config` | `--method auto` |
-| `snella.estimates` | `step-time`: function like `snella_lab.bench.machines.forecast` | times in `snella inspect` |
+| `snella.estimates` | `step-time`: same signature as `snella_lab.bench.machines.forecast` | times in `snella inspect` |
 """
 
 import functools
@@ -56,7 +56,7 @@ def plugins(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, Any
 def _entries(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, EntryPoint]:
     """Return the entry points of a group by name.
 
-    Names of this project take precedence. Other entries whose name is taken or reserved are left out with a warning.
+    Entries of this project take precedence. An entry whose name is taken or reserved is skipped with a warning.
     """
     entries: dict[str, EntryPoint] = {}
     installed = entry_points(group=f"snella.{group}")
@@ -71,5 +71,5 @@ def _entries(group: str, reserved: frozenset[str] = frozenset()) -> dict[str, En
 
 
 def _package_name(entry: EntryPoint) -> str:
-    """Return the name of the package that registers an entry point."""
+    """Return the name of an entry point's package, or of its module if the package is unknown."""
     return entry.module if entry.dist is None else entry.dist.name

@@ -171,11 +171,11 @@ class Config:
         return self.from_flat(**{**self.flat(), **settings})
 
     def coerce_fields(self) -> list[str]:
-        """Convert each value to its annotated type, and return the errors.
+        """Check each value against its annotation, convert it to a plain value, and return the errors.
 
         Invalid values are reset to their defaults, so that later checks can run and all errors are reported together.
-        Paths are converted to strings, tuples to lists and NumPy numbers to Python numbers, also inside dictionaries.
-        Sections are skipped.
+        Paths are converted to strings, tuples to lists, and NumPy numbers to Python numbers, also inside lists and
+        dictionaries. Sections are skipped.
         """
         errors = []
         for setting in type(self).settings().values():
@@ -292,7 +292,7 @@ def coerce(kind: Any, value: Any) -> Any:
     value = _plain(value)
     result = type_adapter(kind).validate_python(value, strict=True)
     if type(value) is int and isinstance(result, float):
-        return value  # keeps `1` in settings files, which pydantic converts to 1.0
+        return value  # keeps `1` in settings files, which pydantic would convert to 1.0
     return result
 
 
@@ -346,6 +346,6 @@ def suggest_setting(name: str, spellings: Mapping[str, str]) -> str:
 
 
 def short_repr(value: Any) -> str:
-    """Return the `repr` of a value in one line, truncated to 60 characters."""
+    """Return the `repr` of a value on one line, truncated to 60 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."

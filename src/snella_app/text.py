@@ -88,7 +88,7 @@ def bytes_text(size: float) -> str:
 
 
 def plain_text(value: Any) -> str:
-    """Format a value for a table of settings: short numbers, lists and mappings in one line."""
+    """Format a value for a table of settings: short numbers, and lists and mappings on one line."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, float):
@@ -127,7 +127,7 @@ def nearest(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0
 def similar_paths(
     path: Path, *, most: int = 3, cutoff: float = 0.5, folders_only: bool = False, suffixes: tuple[str, ...] = ("",)
 ) -> str:
-    """Suggest visible files and folders with a name similar to a missing path: "; nearest: 'a.csv', 'b.csv'".
+    """Suggest visible files and folders whose name is similar to that of a missing path: "; nearest: 'a.csv', 'b.csv'".
 
     Suggestions end with one of `suffixes`. The text is empty if there are none or the path exists. If the parent folder
     is missing, the text says so.

@@ -33,7 +33,7 @@ def plot(options: PlotOptions) -> None:
 
     allocation plots the sparsity of each layer; evolution plots sparsity, importance and total budget during training.
     update plots one matrix of the update and its singular values; overlap compares the updates of several tasks.
-    features plots a t-SNE of each model's features; radar plots the accuracy of methods by task group. memory plots
+    features plots a t-SNE of each model's features; radar plots the scores of methods by task group. memory plots
     memory use during training steps. samples, masks and images show data, predicted segmentation masks and generated
     images. gradcam shows class activation maps of the true class.
     """
@@ -73,7 +73,7 @@ def fit_matrix(
     command again to resume an interrupted fit.
 
     Args:
-        out: Output folder; created.
+        out: Output folder; created if missing.
         preset: quick takes minutes; paper trains 100,000 steps with Adam at 1e-4 and takes half an hour.
         kernels: Comma-separated kernels: built-in names, or module:name of a Kernel subclass or a function of A and B;
             defaults to all built-in kernels.
@@ -86,7 +86,7 @@ def fit_matrix(
         seed: Seed for the matrices and initial factors; default 0.
         overwrite: Overwrite existing figures and tables.
     """
-    options = _set_options(locals(), "out", "preset", "overwrite")
+    options = _given_options(locals(), "out", "preset", "overwrite")
     from snella_app.console import make_console, make_table
     from snella_lab.analysis.matrix_fit import PRESETS, fit_matrices
     from snella_lab.analysis.plot import write_plots
@@ -110,7 +110,7 @@ def fit_matrix(
     _print_plots(console, paths)
 
 
-def _set_options(values: dict[str, Any], *excluded: str) -> dict[str, Any]:
+def _given_options(values: dict[str, Any], *excluded: str) -> dict[str, Any]:
     """Return the values that are set, except those in `excluded`.
 
     `values` are the `locals()` of a command before its first assignment, i.e. its arguments.
@@ -271,7 +271,7 @@ def bench(
         out: JSON Lines file to append to.
         figures: Folder for figures of all rows in --out.
     """
-    options = _set_options(locals(), "grid")
+    options = _given_options(locals(), "grid")
     from snella_lab.bench import bench as library
 
     kinds = {"backbones": str, "batch": int, "methods": str, "r": int, "sparsity": float, "dtype": str}
@@ -357,5 +357,5 @@ def _parse_list(name: str, value: str, kind: Callable[[str], Any]) -> list[Any]:
     try:
         return [kind(item) for item in items]
     except ValueError:
-        noun = "integers" if kind is int else "numbers"
-        raise ValueError(f"{name} must be {noun} separated by commas, e.g. 4,16; got {value!r}") from None
+        noun, example = ("integers", "4,16") if kind is int else ("numbers", "0.7,0.9")
+        raise ValueError(f"{name} must be {noun} separated by commas, e.g. {example}; got {value!r}") from None

@@ -1,4 +1,4 @@
-"""Provenance of a measurement: machine, package versions and commit."""
+"""Provenance of a measurement: machine, package versions, and commit."""
 
 import functools
 import os
@@ -32,7 +32,10 @@ def package_info() -> dict[str, str | None]:
 
 
 def system_info() -> dict[str, Any]:
-    """Return operating system, CPU and GPU, with keys as in PEFT's method comparison, plus cores and torch threads."""
+    """Return the operating system, CPU, GPU, and numbers of cores and torch threads.
+
+    The keys are those of PEFT's method comparison, plus `cores` and `threads`.
+    """
     return {
         "system": platform.system(),
         "release": platform.release(),
@@ -45,16 +48,16 @@ def system_info() -> dict[str, Any]:
 
 
 def measurement_info() -> dict[str, Any]:
-    """Return the commit, dirty flag, machine and date of a measurement."""
+    """Return the commit, dirty flag, machine, and date of a measurement."""
     commit, is_dirty = git_state()
     return {"commit": commit, "is_dirty": is_dirty, "system": system_info(), "created_at": timestamp()}
 
 
 def conditions(device: str, packages: Iterable[str] = _BENCHMARK_PACKAGES) -> dict[str, Any]:
-    """Return the provenance of a benchmark row: command, device, versions, commit, dirty flag and date.
+    """Return the provenance of a benchmark row: command, device, versions, commit, dirty flag, and date.
 
-    The command omits `--out` and the folders of absolute paths. A checkout with a known commit is dirty unless it is
-    known to be clean.
+    The command omits `--out` and the folders of absolute paths. A checkout with a known commit counts as dirty unless
+    it is known to be clean.
     """
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     command_without_out = re.sub(r" --out[= ]\S+", "", command)
@@ -97,8 +100,8 @@ def processor_name() -> str:
 def git_state() -> GitState:
     """Return the commit of snella's checkout, and whether tracked files are modified.
 
-    A value is None outside a checkout or if git fails. The state is cached per process. Worker processes receive it
-    from their parent.
+    A value is None if it is unknown, e.g. outside a checkout. The state is cached per process. Worker processes receive
+    it from their parent.
     """
     global _state
     if _state is None:

@@ -21,7 +21,7 @@ _MARKERS = "osD^vPX*<>hp"
 
 
 def style_of(number: int) -> tuple[str, str]:
-    """Return the color and marker of line `number`; up to 32 lines have distinct combinations."""
+    """Return the color and marker of line `number`. The first 176 lines have distinct combinations."""
     return _LINE_COLORS[number % len(_LINE_COLORS)], _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]
 
 
@@ -35,7 +35,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     if path.suffix not in (".svg", ".png"):
         raise ValueError(f"figure file must end in .svg or .png, got {path.name!r}; rename it")
     data = io.BytesIO()
-    # without a date and with a fixed salt, a figure always gives the same file
+    # without a date and with a fixed salt, a figure always produces the same file
     metadata = {"Date": None} if path.suffix == ".svg" else {}
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(data, format=path.suffix[1:], dpi=144, metadata=metadata)

@@ -1,8 +1,9 @@
-"""Backends that compute updates: the interface, the torch backend and the choice of a backend.
+"""Backends that compute updates: the interface, the torch backend, and the choice of a backend.
 
 A backend merges the factors of an update into `ΔW`, sparsifies `ΔW` to `S`, adds `scaling·S` to a base weight, and
 computes the gradients of the factors. The budget of a matrix is the maximum number of nonzero entries of its part of
-`S`. The shape letters are defined in `snella.kernels`.
+`S`. The shape letters are defined in `snella.kernels`; `tokens` is the number of rows of a linear layer's flattened
+input.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Merged:
         delta: `ΔW` of each matrix (`None` for a budget of 0), or of all matrices in one tensor. With `cache_delta`, it
             is saved for `merge` in the backward pass. If it is empty, the effective weight is saved instead.
         columns: Column statistics of all matrices, saved for `merge` in the backward pass if `delta` is not saved.
-        workspace: Data of the backend, valid until the factors change.
+        workspace: Backend-specific data, valid until the factors change.
     """
 
     factors: Factors
@@ -57,7 +58,7 @@ class Merged:
 
 
 class Backend(ABC):
-    """Merge, addition and gradients of an update. All backends agree with `TorchBackend` up to rounding."""
+    """Interface of a backend. All backends agree with `TorchBackend` up to rounding."""
 
     name: str
 
@@ -76,7 +77,10 @@ class Backend(ABC):
 
     @abstractmethod
     def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:
-        """Write `base + scaling·S` into `out`: contiguous, floating-point `[m, n]` tensors that may share memory."""
+        """Write `base + scaling·S` into `out`.
+
+        `base` and `out` are contiguous, floating-point `[m, n]` tensors that may share memory.
+        """
 
     @abstractmethod
     def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:
@@ -93,7 +97,7 @@ class Backend(ABC):
 
         Args:
             spec: Settings of the update.
-            merged: Merged matrices. Matrices without a budget need no product.
+            merged: Merged matrices. Matrices with budget 0 need no product.
             grad_y: ∂L/∂y, `[tokens, m]`.
             x: `[tokens, n]`, dtype of `grad_y`.
             product: Computes the dense product.
@@ -191,7 +195,7 @@ def missing_reason(name: str) -> str | None:
         return f"{name} is not installed; {_INSTALL[name]}"
     try:
         get_backend(name)
-    except Exception as error:  # importing an incompatible version, or on an unsupported machine, raises many types
+    except Exception as error:  # an incompatible version or an unsupported machine can raise any type
         return f"{name} cannot be used: {error}"
     return None
 
@@ -204,11 +208,11 @@ def is_on_gpu(A: Tensor) -> bool:
 def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     """Return the backend for updates with this spec, and the reason for the choice.
 
-    `"auto"` selects `"triton"` for factors on a CUDA device and `"numba"` for factors elsewhere. If this backend is not
-    installed, does not support the update or fails the first-use check (Triton), `"auto"` selects `"eager"`. Both
-    backends support only the piecewise kernels (Numba only with `softmax_dim=0`) and reject float64 factors. The choice
-    depends only on the machine, the spec, and the factors' device, dtype and size, so a layer's results are
-    reproducible.
+    `"auto"` selects `"triton"` for factors on a CUDA device and `"numba"` for factors elsewhere. If the selected
+    backend is not installed, does not support the update, or fails the check of the Triton kernels at their first use,
+    `"auto"` selects `"eager"`. Both backends support only the piecewise kernels (Numba only with `softmax_dim=0` if the
+    kernel has a softmax) and reject float64 factors. The choice depends only on `impl`, the machine, the spec, and the
+    factors' device, dtype, and size, so a layer's results are reproducible.
 
     Args:
         impl: One of `Implementation`.
@@ -217,10 +221,10 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
 
     Raises:
         ImportError: If `impl` is `"triton"` or `"numba"`, and the package is missing or unusable.
-        NotImplementedError: If `impl` is `"triton"` or `"numba"` and does not support the updates.
+        NotImplementedError: If `impl` is `"triton"` or `"numba"`, and this backend does not support the updates.
         RuntimeError: If `impl` is `"triton"` and its kernels fail the first-use check. The message contains the error
-            of the compiler or launcher, or the Triton kernels that compute the first wrong result and its largest
-            error.
+            of the compiler or launcher, or names the Triton kernels that compute the first wrong result and gives the
+            largest error of this result.
         ValueError: If `impl` is unknown.
     """
     if impl not in get_args(Implementation):

@@ -1,7 +1,7 @@
 """Support for `nn.MultiheadAttention`.
 
 Its `forward` reads the weights of the projections instead of calling them as layers, so an adapter must wrap the whole
-attention. An effective weight is a pre-trained weight plus the updates of the active adapters.
+attention module. An effective weight is a pre-trained weight plus the updates of the active adapters.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from snella.compat.hooks import (
 from snella.config import SnellaConfig
 from snella.layer import SnellaLayer, needs_gradients, reject_tracing
 
-_SEPARATE_INPUTS = ("q_proj", "k_proj", "v_proj")  # instead of `in_proj`, if keys or values have another width
+_SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # instead of `in_proj`, if keys or values have a different width
 _OUTPUT = "out_proj"
 
 
 class AdaptedAttention(nn.Module):
     """Wrapper for an `nn.MultiheadAttention` with adapted projections.
 
-    The pre-trained parameters remain in the attention. Each adapted projection is a child of the wrapper: `out_proj`,
-    and either `in_proj`, which stacks three matrices, or `q_proj`, `k_proj` and `v_proj`.
+    The pre-trained parameters remain in the attention module. Each adapted projection is a child of the wrapper:
+    `out_proj`, and either `in_proj`, which stacks three matrices, or `q_proj`, `k_proj` and `v_proj`.
 
     In training mode, if gradients are required, or in a compiled graph, the wrapper applies the projections separately,
-    with scaled dot-product attention in between, and saves no effective weight. Otherwise, it calls the attention's
-    `forward` with the effective weights. This keeps torch's fast path, and the outputs are bit-identical to those of
-    the merged model. If weights cannot be replaced for a call (FSDP1, a replaced `forward`), the wrapper always applies
-    the projections separately.
+    with scaled dot-product attention in between, and saves no effective weight for the backward pass. Otherwise, it
+    calls the `forward` of the attention module with the effective weights. This keeps the fast path of
+    `nn.MultiheadAttention`, and the outputs are bit-identical to those of the merged model. If weights cannot be
+    replaced for a call (FSDP1, a replaced `forward`), the wrapper always applies the projections separately.
 
-    Other attributes (`num_heads`, `batch_first`, …) are looked up in the attention. A weight such as `in_proj_weight`
-    includes the updates, because some models read it directly.
+    Other attributes (`num_heads`, `batch_first`, …) are looked up in the attention module. A weight such as
+    `in_proj_weight` includes the updates, because some models read it directly.
 
     Args:
-        base_layer: Attention to wrap.
+        base_layer: Attention module to wrap.
     """
 
     def __init__(self, base_layer: nn.MultiheadAttention) -> None:
@@ -56,7 +56,7 @@ class AdaptedAttention(nn.Module):
         self._base_hook_dicts = hook_dicts(base_layer)
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the wrapped attention. The weights of adapted projections include the updates."""
+        """Return an attribute of the attention module. The weights of adapted projections include the updates."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -96,7 +96,7 @@ class AdaptedAttention(nn.Module):
         if existing is not None:
             existing.update_layer(adapter_name, config, row_counts)
             return False
-        weight = cast(nn.Module, ProjectionWeight(self.base_layer, name))
+        weight = cast(nn.Module, BaseProjection(self.base_layer, name))
         projection = Projection(weight, adapter_name, config, row_counts, module_name=module_name)
         setattr(self, name, projection.train(self.training))
         return True
@@ -153,7 +153,7 @@ class AdaptedAttention(nn.Module):
         return self._attend_inside_hooks(*inputs, **options)
 
     def _attend_inside_hooks(self, *inputs: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """Run `_attend` inside the attention's hooks, if it has any."""
+        """Run `_attend` inside the hooks of the attention module, if it has any."""
         if not has_hooks(self.base_layer):
             return self._attend(*inputs, **options)
 
@@ -179,7 +179,7 @@ class AdaptedAttention(nn.Module):
                 return x[None]
             return x if base.batch_first else x.transpose(0, 1)
 
-        # inputs that are one tensor remain one tensor, which `_project` recognizes
+        # inputs that are the same tensor must stay the same tensor, so that `_project` can detect it
         query = to_batch_first(query)
         key = query if is_self_attention else to_batch_first(key)
         value = key if is_key_value_shared else to_batch_first(value)
@@ -196,38 +196,42 @@ class AdaptedAttention(nn.Module):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Return the projected queries `[N, L, E]`, and keys and values `[N, S, E]`."""
         if not self.base_layer._qkv_same_embed_dim:
-            inputs = zip(_SEPARATE_INPUTS, (query, key, value), strict=True)
+            inputs = zip(_SEPARATE_PROJECTIONS, (query, key, value), strict=True)
             return [self._projection(name)(x) for name, x in inputs]
         project = self._projection("in_proj")
         if query is key and key is value:
             return list(project(query).chunk(3, dim=-1))
-        # `in_proj` always applies its three matrices, so keep only the outputs that belong to an input
+        # `in_proj` applies all three matrices to each input, so keep only the output that is needed for that input
         queries = project(query).chunk(3, dim=-1)[0]
-        projected_key = project(key).chunk(3, dim=-1)
-        values = projected_key[2] if value is key else project(value).chunk(3, dim=-1)[2]
-        return [queries, projected_key[1], values]
+        key_chunks = project(key).chunk(3, dim=-1)
+        values = key_chunks[2] if value is key else project(value).chunk(3, dim=-1)[2]
+        return [queries, key_chunks[1], values]
 
-    def _projection(self, name: str) -> Projection | ProjectionWeight:
+    def _projection(self, name: str) -> Projection | BaseProjection:
         """Return the projection with this name, adapted or not."""
-        return self.find_projection(name) or ProjectionWeight(self.base_layer, name)
+        return self.find_projection(name) or BaseProjection(self.base_layer, name)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.MultiheadAttention:
-        """Return the attention, after merging its projections if `merge`. PEFT calls this method to unload a module."""
+        """Return the attention module; merge its projections first if `merge` is true.
+
+        PEFT calls this method to unload a module.
+        """
         for projection in self.projections():
             if merge:
                 projection.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer
 
 
-class ProjectionWeight:
-    """Linear-layer view of one projection of an attention, with its current weight and bias.
+class BaseProjection:
+    """Linear-layer view of one projection of an attention module, with its current weight and bias.
 
-    This class is not a module; otherwise, the state dict would contain the attention again under each projection.
+    This class is not a module; otherwise, the state dict would contain the attention module again under each
+    projection.
 
     Args:
-        attention: Attention that owns the weight and bias.
+        attention: Attention module that owns the weight and bias.
         name: `in_proj`, `q_proj`, `k_proj`, `v_proj` or `out_proj`.
     """
 
@@ -237,7 +241,7 @@ class ProjectionWeight:
 
     @property
     def parameter_name(self) -> str:
-        """Name of the weight in the attention."""
+        """Name of the weight in the attention module."""
         return "out_proj.weight" if self.name == _OUTPUT else f"{self.name}_weight"
 
     @property
@@ -251,10 +255,10 @@ class ProjectionWeight:
         if self.name == _OUTPUT:
             return self.attention.out_proj.bias
         bias = self.attention.in_proj_bias
-        if bias is None or self.name not in _SEPARATE_INPUTS:
+        if bias is None or self.name not in _SEPARATE_PROJECTIONS:
             return bias
         width = self.attention.embed_dim
-        index = _SEPARATE_INPUTS.index(self.name)
+        index = _SEPARATE_PROJECTIONS.index(self.name)
         return bias[index * width : (index + 1) * width]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -263,17 +267,17 @@ class ProjectionWeight:
 
 
 class Projection(SnellaLayer):
-    """Adapted projection of an attention."""
+    """Adapted projection of an attention module."""
 
     @property
     def parameter_name(self) -> str:
-        """Name of the weight in the attention."""
-        return cast(ProjectionWeight, self.base_layer).parameter_name
+        """Name of the weight in the attention module."""
+        return cast(BaseProjection, self.base_layer).parameter_name
 
     @property
     def bias_name(self) -> str | None:
-        """Name of the bias in the attention, or `None`. All input projections share one bias."""
-        projection = cast(ProjectionWeight, self.base_layer)
+        """Name of the bias in the attention module, or `None`. All input projections share one bias."""
+        projection = cast(BaseProjection, self.base_layer)
         if projection.bias is None:
             return None
         return "out_proj.bias" if projection.name == _OUTPUT else "in_proj_bias"
@@ -293,11 +297,11 @@ class Projection(SnellaLayer):
 
 def input_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
     """Return the names of the query, key and value projections: one name if they are fused, otherwise three."""
-    return ("in_proj",) if attention._qkv_same_embed_dim else _SEPARATE_INPUTS
+    return ("in_proj",) if attention._qkv_same_embed_dim else _SEPARATE_PROJECTIONS
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Return whether a module is an attention with the `forward` of `nn.MultiheadAttention`, adapted or not."""
+    """Return whether a module is an attention module that uses `nn.MultiheadAttention.forward`, adapted or not."""
     if isinstance(module, AdaptedAttention):
         return True
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
@@ -306,8 +310,9 @@ def is_adaptable(module: nn.Module) -> bool:
 def disable_fast_path(model: nn.Module) -> None:
     """Disable the fast path of torch's encoder layers that contain adapted layers.
 
-    In evaluation, `nn.TransformerEncoderLayer` passes the weights of all its submodules to one fused function, which
-    ignores updates. A hook on any submodule disables this path. The hook is removed together with its adapted layer.
+    In evaluation mode, `nn.TransformerEncoderLayer` passes the weights of all its submodules to one fused function,
+    which ignores updates. A hook on any submodule disables this path. The hook is removed together with its adapted
+    layer.
     """
     for layer in model.modules():
         if isinstance(layer, nn.TransformerEncoderLayer):
@@ -372,7 +377,7 @@ def _apply_attention(
 def _combine_masks(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, num_heads: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """Combine both masks into an additive mask `[N or 1, heads or 1, L or 1, S]`, or return `None` without masks."""
+    """Combine both masks into an additive mask `[N or 1, heads or 1, L or 1, S]`; return `None` for no masks."""
     masks = []
     if attn_mask is not None:
         mask = _additive(attn_mask, dtype)

@@ -1,10 +1,10 @@
 """Custom operators for the forward and backward pass of an adapted layer in a `torch.compile` graph.
 
-An adapter adds a sparse update to the layer's weight, and a budget limits the nonzero entries of each of its matrices.
-A graph cannot detect changes between calls, so nothing is cached. The first update is folded into the base weight, and
-the others are added to the output. The operators call the functions of `snella.autograd` with the backend of the
-update's spec, and the compiler traces only shapes. Budgets are passed as a tensor, so a reallocation does not trigger
-recompilation.
+An adapter adds a sparse update to the layer's weight, and a budget limits the nonzero entries of each matrix of the
+update. A graph cannot detect changes to tensors between calls, so nothing is cached. The first update is folded into
+the base weight, and the results of the others are added to the output. The operators call the functions of
+`snella.autograd` with the backend of the update's spec, and the compiler traces only the shapes of their results.
+Budgets are passed as a tensor, so a reallocation does not trigger recompilation.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def forward_in_graph(layer: SnellaLayer, x: Tensor, *args: Any, **kwargs: Any) -
 def weight_in_graph(layer: SnellaLayer, names: list[str]) -> Tensor:
     """Return the effective weight `W0 + Σ scaling·S`, `[m, …]`.
 
-    It is computed as a product with the identity, which the compiler removes if the result is unused.
+    It is computed as a product with the identity matrix. The compiler removes this product if the result is unused.
     """
     _set_applied(layer)
     weight = cast(Tensor, layer._weight())
@@ -152,7 +152,7 @@ def _adapted_layer(
 ) -> tuple[Tensor, Tensor]:
     """Return the layer's output and the update's thresholds `[G]`.
 
-    `tensors` are the factors with the indices `fields`, and `layer` is the encoded call.
+    `tensors` are the entries of `Factors` with the indices `fields`, and `layer` is the encoded call.
     """
     update = _decode(tensors, budgets, fields, spec, scaling)
     call = _decode_call(layer)

@@ -1,7 +1,7 @@
-"""Support for hooks of torch, accelerate and diffusers on base layers.
+"""Support for hooks of torch, accelerate, and diffusers on base layers.
 
 A base layer is the pre-trained layer inside an adapted layer. Its hooks run around the adapted layer's computation,
-which replaces its `forward` for the call.
+which replaces the base layer's `forward` for the call.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def hook_dicts(module: nn.Module) -> tuple[dict[int, Any], ...]:
 def is_hooked_in_graph(module: nn.Module, dicts: tuple[dict[int, Any], ...]) -> bool:
     """Return whether a module has hooks or a replaced `forward`, like `has_hooks`, but in a compiled graph.
 
-    `torch.compile` reuses the graph of a layer for another layer unless a guard differs. It does not guard the hooks of
-    a module (`torch._dynamo.config.skip_nnmodule_hook_guards`), but it does guard `dicts`, which are the module's
-    `hook_dicts` stored in another module.
+    `torch.compile` reuses the graph of one layer for another unless a guard differs. It does not guard the hooks of a
+    module (`torch._dynamo.config.skip_nnmodule_hook_guards`), but it does guard `dicts`: the module's `hook_dicts`,
+    stored in another module.
     """
     has_new_forward = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook") or "forward" in module.__dict__
     return has_new_forward or any([len(hooks) > 0 for hooks in dicts])
 
 
 def call_inside_hooks(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a module and all its hooks, with `forward` in place of its class's method.
+    """Call a module and all its hooks, with `forward` in place of the `forward` method of its class.
 
     Raises:
         NotImplementedError: If the module's `forward` was replaced by anything other than the hooks of accelerate and

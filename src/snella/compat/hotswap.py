@@ -1,4 +1,4 @@
-"""Hot swapping of adapters in running models, including compiled models.
+"""Hot-swapping adapters in running models, including compiled models.
 
 The budgets of an adapter limit the number of nonzero entries in each matrix of its updates.
 """
@@ -79,7 +79,7 @@ class AdapterValues:
 def hotswap(
     model: nn.Module, adapter: str | Path | Mapping[str, Tensor] | AdapterValues, adapter_name: str = "default"
 ) -> AdapterValues:
-    """Replace an adapter's values in a running model with another adapter for the same pre-trained weights.
+    """Replace an adapter's values in a running model with those of another adapter for the same pre-trained weights.
 
         model.merge_adapter()                     # serve at the speed of the plain model
         compiled = torch.compile(model)
@@ -102,10 +102,10 @@ def hotswap(
 
     Raises:
         FileNotFoundError: If the folder contains no adapter.
-        ValueError: If the new adapter belongs to another method, is corrupt, or has values that are not finite or
-            invalid budgets; if the model does not have the adapter to replace or contains several PEFT models; or if
-            the adapters differ in architecture, rank, kernel, sparsify mode, rows per matrix or head, or one of them
-            trains biases or token rows. The model then remains unchanged.
+        ValueError: If the new adapter belongs to another method, is corrupt, or has non-finite values or invalid
+            budgets; if the model does not have the adapter to replace or contains several PEFT models; if the adapters
+            differ in architecture, rank, kernel, sparsify mode, rows per matrix, or head; or if one of them trains
+            biases or token rows. The model then remains unchanged.
     """
     if isinstance(adapter, (str, Path)):
         adapter = AdapterValues.read(adapter)
@@ -118,7 +118,7 @@ def hotswap(
     config = next(iter(layers.values())).snella_config[adapter_name]
     errors = _differences(config, adapter.config, current_tensors, new_tensors)
     if adapter.config is not None and adapter.config.qkv_groups != config.qkv_groups:
-        errors += _other_rows(model, layers, adapter_name, adapter.config.qkv_groups)
+        errors += _row_differences(model, layers, adapter_name, adapter.config.qkv_groups)
     remedy = "load it as another adapter with load_adapter"
     # an adapter with caches has been checked in an earlier swap
     if not errors and not adapter.caches:
@@ -149,14 +149,14 @@ def hotswap(
 def _strip_prefixes(name: str) -> str:
     """Remove the prefixes that PEFT and `torch.compile` add to a parameter or module name."""
     name = name.replace(_COMPILED, "")
-    # also remove everything before PEFT's prefix, because the model may be inside another one
+    # also remove everything before PEFT's prefix, because the PEFT model may be inside another model
     return name.partition(_PREFIX)[2] or name
 
 
 def _find_adapter(
     model: nn.Module, adapter_name: str
 ) -> tuple[dict[str, Tensor], dict[str, SnellaLayer], list[TokenAdapter]]:
-    """Return an adapter's tensors and layers by their names in a file, and all token adapters of the model.
+    """Return an adapter's tensors and layers by their names in a file, and all `TokenAdapter`s of the model.
 
     Raises:
         ValueError: If the model contains several PEFT models.
@@ -210,13 +210,13 @@ def _differences(
     return errors
 
 
-def _other_rows(
+def _row_differences(
     model: nn.Module,
     layers: Mapping[str, SnellaLayer],
     adapter_name: str,
     qkv_groups: int | str | dict[str, int | list[int]],
 ) -> list[str]:
-    """Return a message for each layer whose rows per matrix differ with the new adapter's `qkv_groups`."""
+    """Return a message for each layer whose rows per matrix would differ with the new adapter's `qkv_groups`."""
     errors: list[str] = []
     parents = {child: parent for parent in model.modules() for child in parent.children()}
     for name, layer in layers.items():

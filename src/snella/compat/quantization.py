@@ -1,7 +1,7 @@
 """Support for base layers with quantized weights.
 
-A base layer is the pre-trained layer inside an adapted layer. Merging adds an update to its weight, which must then be
-requantized; this rounds the sum.
+A base layer is the pre-trained layer inside an adapted layer. Merging adds an update to the weight of the base layer.
+The sum must then be requantized, which rounds it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Quantization(ABC):
 
     @abstractmethod
     def source(self, base: nn.Module) -> LazyWeight:
-        """Return the weight of `base` as a `LazyWeight`, which remains valid if `base` gets another weight."""
+        """Return the weight of `base` as a `LazyWeight`, which remains valid if `base` gets a different weight."""
 
     @abstractmethod
     def write(self, base: nn.Module, weight: Tensor) -> None:
@@ -81,7 +81,7 @@ def find_quantization(base: Any, name: str) -> Quantization | None:
             if quantization.layer_class in bitsandbytes_classes:
                 quantization.check(base, name)
                 return quantization
-        description = f"a {class_name} of bitsandbytes"
+        description = f"a bitsandbytes {class_name}"
     elif type(weight).__module__.startswith("torchao."):
         problem = _torchao_problem(weight) if isinstance(base, nn.Linear) else "only linear layers are supported"
         if problem is None:
@@ -95,7 +95,7 @@ def find_quantization(base: Any, name: str) -> Quantization | None:
         return None
     raise NotImplementedError(
         f"target_modules matches {name!r}, {description}; supported quantized layers are bitsandbytes' Linear4bit and "
-        "Linear8bitLt, and linear layers with weight-only tensors of torchao (Int8Tensor, IntxUnpackedToInt8Tensor); "
+        "Linear8bitLt, and linear layers with weight-only torchao tensors (Int8Tensor, IntxUnpackedToInt8Tensor); "
         "load the model in one of these formats or unquantized"
     )
 
@@ -149,14 +149,15 @@ class Bitsandbytes4bit(Quantization):
         return base.compute_dtype or dtype
 
     def is_safe_to_apply(self, base: Any) -> bool:
-        """Return False on a CPU, where bitsandbytes may change the layout in evaluation and round the scales."""
+        """Return False on a CPU, where bitsandbytes may change the layout and round the scales in evaluation mode."""
         return base.weight.device.type != "cpu"
 
 
 class Bitsandbytes8bit(Quantization):
     """Format of bitsandbytes' `Linear8bitLt`: rows of int8 codes with one scale each.
 
-    `Linear8bitLt` also quantizes its input, whereas an adapted layer multiplies it by the dequantized weight.
+    `Linear8bitLt` also quantizes its input, whereas an adapted layer multiplies the original input by the dequantized
+    weight.
     """
 
     name = "bitsandbytes 8-bit"
@@ -199,7 +200,7 @@ def _peft_layer(base: nn.Module) -> SimpleNamespace:
 
 
 def _state(base: Any) -> Any:
-    """Return the quantization state of a `Linear4bit`. With FSDP, the layer stores it instead of the weight."""
+    """Return the quantization state of a `Linear4bit`, an attribute of its weight or, with FSDP, of the layer."""
     state = getattr(base.weight, "quant_state", None)
     return base.quant_state if state is None else state
 
@@ -207,9 +208,9 @@ def _state(base: Any) -> Any:
 def _unquantized_error(base: nn.Module, name: str) -> RuntimeError:
     """Return the error for a layer that is not quantized yet."""
     return RuntimeError(
-        f"target_modules matches {name!r}, a {type(base).__name__} of bitsandbytes that is not quantized yet: its "
+        f"target_modules matches {name!r}, a bitsandbytes {type(base).__name__} that is not quantized yet: its "
         f"weight is {base.weight.dtype} on {str(base.weight.device)!r}; move the model to its device first, which "
-        "quantizes it"
+        "quantizes the layer"
     )
 
 
@@ -285,7 +286,7 @@ def _requantize(old: Any, weight: Tensor, keep_scales: bool = False) -> Any:
 
 
 class _Requantization(NamedTuple):
-    """Error of one requantization of a weight `W` plus an update `U`."""
+    """Error of one requantization `Q` of a weight `W` plus an update `U`."""
 
     module_name: str
     quantization: str
@@ -306,7 +307,7 @@ def report_requantization(module_name: str, quantization: str, before: Tensor, t
         quantization: Name of the storage format.
         before: `W`, the weight before merging.
         target: `W + U`.
-        after: `Q(W + U)`, the stored weight.
+        after: `Q(W + U)`, the stored weight, dequantized.
     """
     dtype = widest_dtype(target.device.type)
 
@@ -352,7 +353,7 @@ def _warn(merges: list[_Requantization]) -> None:
 
 
 def _relative(error: float, update: float) -> float:
-    """Return the error relative to the update's size, which is infinite for an error without an update."""
+    """Return the error relative to the update's size; infinite if there is an error but no update."""
     if update:
         return error / update
     return math.inf if error else 0.0

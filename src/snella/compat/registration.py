@@ -1,15 +1,15 @@
 """Registration of the method with PEFT; the only module that modifies PEFT.
 
-PEFT's `register_peft_method` rejects names outside its enum, so `register` adds the string `"SNELLA"` to the mapping
-tables as a key. A test fails once PEFT adds an enum member of this name.
+PEFT's `register_peft_method` rejects names that are not in PEFT's enum, so `register` adds the string `"SNELLA"` to the
+mapping tables as a key. A test fails once PEFT adds an enum member of this name.
 
 `register` also wraps two PEFT functions that have no extension point. Parameters outside SNELLA are handled as before.
 
 - `_peft_key_to_original_key` maps a parameter to its original name, for `get_base_model_state_dict` and
-  `set_base_model_state_dict`. The wrapper removes the `base_layer` of an `AdaptedAttention`, which PEFT does not
+  `set_base_model_state_dict`. The wrapper removes the infix `base_layer` of an `AdaptedAttention`, which PEFT does not
   recognize as a tuner layer.
-- `PeftModel._update_offload` updates accelerate's offload index. The wrapper then renames the keys of the index to
-  SNELLA's parameter names, which end with the adapter name.
+- `PeftModel._update_offload` updates accelerate's offload index. The wrapper then renames SNELLA's keys in the index to
+  the parameter names, which end with the adapter name.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def register() -> None:
 
 
 def _strip_attention_infix(original_key: Any) -> Any:
-    """Wrap PEFT's mapping from keys to original names to support adapted attentions."""
+    """Wrap PEFT's mapping from keys to original names to support adapted attention modules."""
 
     @functools.wraps(original_key)
     def strip_attention_infix(model: Any, peft_key: str) -> str:

@@ -1,7 +1,7 @@
 """Sparse weight files, which store the difference between a fine-tuned and a pre-trained model as a reversible patch.
 
 The patch contains the positions and changes of individual weights, and new values of parameters that are replaced
-entirely, such as the head. It applies to the model without adapters.
+entirely, such as those of the head. It applies to the model without adapters.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ class SparsePatch:
         """Serialize the patch in safetensors format.
 
         The positions in a parameter `NAME` are stored in the smallest of three encodings: `NAME:int32`, `NAME:gaps`
-        (the number of unchanged weights before each changed one, LEB128) or `NAME:bitmap` (one bit per weight). Its
-        values are stored as `NAME:values`, and replaced tensors as `NAME`. The metadata entry `sha256` is the digest
-        of the entire content.
+        (the number of unchanged weights before each changed one, LEB128), or `NAME:bitmap` (one bit per weight). The
+        changes are stored as `NAME:values`, and replaced tensors as `NAME`. The metadata entry `sha256` is the digest
+        of all other content.
 
         Args:
-            values: Type for the values of `entries`. With bf16, they are rounded. Replaced tensors keep their dtype.
+            values: Type of the stored changes. With bf16, they are rounded. Replaced tensors keep their dtype.
 
         Raises:
             ValueError: If the type is unknown, or positions are not ascending and unique.
@@ -97,7 +97,7 @@ class SparsePatch:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read a file written by `to_bytes`.
+        """Read a file that contains the result of `to_bytes`.
 
         Raises:
             FileNotFoundError: If the file does not exist.
@@ -127,7 +127,7 @@ class SparsePatch:
 
     @classmethod
     def _parse(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Self:
-        """Create a patch from a file's tensors and metadata, and remove the entries that it reads from both."""
+        """Create a patch from a file's tensors and metadata; entries that have been read are removed from both."""
         shapes = json.loads(metadata.pop("shapes"))
         digests = json.loads(metadata.pop("digests"))
         entries = {}
@@ -160,7 +160,8 @@ class SparsePatch:
 
         Raises:
             RuntimeError: If the patch is already applied.
-            ValueError: If a tensor of the patch is missing in the model, or has another shape or other values.
+            ValueError: If a tensor of the patch is missing from the model or has a different shape there, or if
+                `check_base` finds a different digest.
         """
         if self._model is not None:
             raise RuntimeError("the patch is already applied; call remove() first")
@@ -224,7 +225,7 @@ class SparsePatch:
 
 
 def load_sparse(model: nn.Module, file: str | Path, *, check_base: bool = True) -> SparsePatch:
-    """Apply a file from `snella export --format sparse` to a pre-trained model.
+    """Apply a file written by `snella export --format sparse` to a pre-trained model.
 
         patch = load_sparse(model, "photos.sparse.safetensors")   # the fine-tuned weights, exact with fp32 values
         patch.remove()                                            # the pre-trained weights, bit for bit
@@ -232,7 +233,7 @@ def load_sparse(model: nn.Module, file: str | Path, *, check_base: bool = True) 
     Args:
         model: Backbone of the run, with its pre-trained weights and a head with the same number of classes.
         file: Path of the file.
-        check_base: If True, check that the digests of the model's weights equal the digests in the file.
+        check_base: If True, check that the digests of the weights that change equal the digests in the file.
 
     Returns:
         The applied patch. Its `remove` restores the pre-trained weights.
@@ -255,7 +256,7 @@ def digest_of(tensor: Tensor) -> str:
 def tensors_bytes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """Serialize tensors in safetensors format with sorted metadata, so that equal content gives equal bytes.
 
-    `safetensors.torch.save` writes several metadata entries in random order.
+    `safetensors.torch.save` writes metadata entries in random order.
     """
     content = save(_without_shared_memory(tensors), dict(metadata))
     # the file starts with the length of the JSON header in 8 bytes
@@ -339,7 +340,7 @@ def _encode_gaps(positions: np.ndarray) -> np.ndarray:
 
 
 def _without_shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that share memory with an earlier one, e.g. tied weights, because safetensors rejects them."""
+    """Copy tensors that share memory with an earlier tensor, e.g. tied weights, because safetensors rejects them."""
     addresses: set[int] = set()
     separate = {}
     for name, tensor in tensors.items():

@@ -1,7 +1,7 @@
-"""Training of bare parameters, such as `cls_token`, with one value per adapter.
+"""Trainable bare parameters, such as `cls_token`, with one value per adapter.
 
-A bare parameter is read directly by its owner, a module outside adapters. A `TokenAdapter` holds its values, and the
-owner reads the active one.
+A bare parameter is read directly by its owner, a module outside adapters. A `TokenAdapter` holds the parameter's
+values, and the owner reads the active one.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
             self._active_adapter = active_adapters
 
     def check_active(self, adapter_names: str | list[str]) -> None:
-        """Raise `ValueError` if more than one of `adapter_names` has a value of this parameter."""
+        """Raise `ValueError` if more than one of `adapter_names` has a value for this parameter."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         names_with_value = [name for name in names if name in self.snella_token]
         if len(names_with_value) > 1:
@@ -191,7 +191,7 @@ def token_adapters(model: nn.Module) -> list[TokenAdapter]:
 
 
 def find_tokens(model: nn.Module, names: Iterable[str], *, is_required: bool) -> list[str]:
-    """Return the full names of the parameters that match `names`, which may be suffixes.
+    """Return the full names of the bare parameters that match `names`, which may be suffixes.
 
     Raises:
         ValueError: If two matches are the same parameter under different names, or, with `is_required`, if a name

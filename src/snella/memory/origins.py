@@ -1,7 +1,7 @@
 """Origins: recomputation of tensors in the backward pass, and the int8 format of saved tensors.
 
 A linear layer needs its input `x` for ∂L/∂W. If `x = f(z)` and autograd saves `z` anyway, the backward pass can
-recompute `x` bit-identically from `z`. A `Mark` on `x` names the tensors to save instead, and the `Origin` that
+recompute `x` bit-identically from `z`. A `Mark` on `x` holds the tensors to save instead and the `Origin` that
 recomputes `x` from them. The module `recompute` sets the marks.
 
 With `compress_activations`, some of the saved tensors are encoded, i.e. stored as int8 codes with a scale per group of
@@ -22,14 +22,14 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import pad
 
 GROUP = 64
-"""Entries per scale. An outlier channel then degrades the precision of 63 other entries, not of the whole token."""
+"""Entries per scale. An outlier degrades the precision of the 63 other entries in its group, not of the whole token."""
 ORIGIN_ATTRIBUTE = "_snella_origin"
 """Attribute of a tensor that contains its `Mark`."""
 _LEVELS = 127  # largest int8 code
 
 
 class Origin:
-    """Recomputation of a tensor: `function(*saved)`, or `function(x, *saved)` if `x` is itself a marked tensor.
+    """Recomputation of a tensor: `function(*saved)`, or `function(x, *saved)` with an `x` that `source` recomputes.
 
     Args:
         function: Computes the tensor.
@@ -67,10 +67,10 @@ class Origin:
         return self._module_state() == self._state and (self.source is None or self.source.is_current())
 
     def add_user(self) -> None:
-        """Register another backward pass that will call `compute`. The first one also registers a user of the source.
+        """Register another backward pass that will call `compute`.
 
-        A forward pass that activation checkpointing reruns does not count, because its backward pass is already
-        registered.
+        The first registration also registers a user of the source. A forward pass that activation checkpointing reruns
+        does not count, because its backward pass is already registered.
         """
         if torch._C._current_graph_task_id() == self._graph_task_id:
             self._users += 1
@@ -96,7 +96,7 @@ class Origin:
         return output
 
     def grad_inputs(self, saved: Sequence[Tensor], grad_output: Tensor) -> Iterator[Tensor]:
-        """Return the gradients for the encoded arguments, at their decoded values.
+        """Return the gradients of the encoded arguments, evaluated at their decoded values.
 
         Uses the graph that `compute` has built, if there is one.
         """
@@ -141,7 +141,7 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
 class Mark:
     """Mark of a tensor: the tensors to save instead, and the origin that recomputes it from them.
 
-    `versions` are the tensors' `_versions` when the mark was put, to detect later changes.
+    `versions` is the result of `_versions` when the tensor was marked, to detect later changes.
     """
 
     saved: tuple[Tensor, ...]
@@ -179,9 +179,9 @@ def _versions(x: Tensor, saved: tuple[Tensor, ...]) -> tuple[int, ...]:
 def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
     """Return the tensors to save instead of a marked tensor, and its origin, or `((), None)` for an unmarked tensor.
 
-    Untracked views of a marked tensor and marked tensors after an in-place write count as unmarked. So do outputs of a
-    module whose parameters have changed (e.g. because FSDP has freed them), since the backward pass cannot recompute
-    them, and all tensors if gradients are disabled.
+    Untracked views of a marked tensor and marked tensors after an in-place write count as unmarked. So do all tensors
+    if gradients are disabled, and the outputs of a module whose parameters have changed (e.g. because FSDP has freed
+    them), since the backward pass cannot recompute these outputs.
     """
     mark = Mark.on(x) if torch.is_grad_enabled() else None
     return ((), None) if mark is None or not mark.origin.is_current() else (mark.detached(), mark.origin)
@@ -245,13 +245,13 @@ class _RoundedInputs(torch.autograd.Function):
 def multiply(first: Tensor, mark: Mark, second: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Return the marked product `first ⊙ second`, where the first factor is marked.
 
-    Saves `second` and the tensors from which `first` is recomputed. If these are in int8, a second factor of the same
-    shape that requires a gradient is also saved in int8.
+    Saves `second` and the tensors from which `first` is recomputed. If any of these tensors is in int8, a second factor
+    of the same shape that requires a gradient is also saved in int8.
 
     Args:
         first: The first factor.
         mark: Mark of the first factor.
-        second: Second factor, of the same shape or broadcast to it.
+        second: The second factor, of the same shape or broadcastable to it.
         product: Computes the product. The order of its factors determines the memory layout.
     """
     layout = None
@@ -317,8 +317,8 @@ def encode(z: Tensor, *, by_row: bool = False) -> tuple[Tensor, Layout]:
 
     Args:
         z: Floating-point tensor of any shape.
-        by_row: If True, and the last axis is innermost in memory, split each of its rows into groups of equal size, at
-            most 64. For inputs of row-wise normalizations, where a shared scale could round a small row to zero.
+        by_row: If True, and the last axis is innermost in memory, split each row into groups of equal size, at most 64.
+            Used for inputs of row-wise normalizations, where a shared scale could round a small row to zero.
 
     Returns:
         Float32 scales followed by codes, uint8 `[groups · (4 + group)]` (17/16 bytes per entry for groups of 64), and

@@ -1,12 +1,12 @@
 """Recomputation of layer inputs that are outputs of normalizations and activations.
 
 Forward hooks on supported modules mark each output with its origin, so that it can be recomputed. An adapted layer then
-saves the module's input instead of the layer's input. In supported blocks, a function mode tracks the operations
-between the module and the layer: views and permutations (image windows), products (gated activations) and sums with a
-small tensor (modulations).
+saves the module's input instead of its own. In supported blocks, a `TorchFunctionMode` tracks the operations between
+the module and the layer: views and permutations (image windows), products (gated activations), and sums with a small
+tensor (modulations).
 
 With compression (`compress_activations`), the backward passes of the module and the layer use the module's input in
-int8, and attention saves only its mask and, in int8, its queries, keys and values. Outputs stay exact, but gradients
+int8, and attention saves only its mask and, in int8, its queries, keys, and values. Outputs stay exact, but gradients
 are computed at the rounded inputs.
 """
 
@@ -54,7 +54,7 @@ _TRANSFORMERS_CLASSES = {
 }
 # normalizations over the last axis, whose inputs are encoded by row
 _ROW_NORMS = ("LayerNorm", "LayerNormFp32", "RMSNorm", "RmsNorm", "RmsNormFp32", "SimpleNorm")
-# blocks that partition, multiply or shift an output before it reaches a layer
+# blocks that partition, multiply, or shift an output before it reaches a layer
 _TRACKED_TIMM = {
     "timm.layers.mlp.GluMlp",
     "timm.layers.mlp.SwiGLU",
@@ -68,9 +68,9 @@ _TRACKED_DIFFUSERS = ("TransformerBlock", "GELU", "GEGLU", "SwiGLU", "AdaLayerNo
 def can_recompute(module: nn.Module) -> bool:
     """Return whether a module's output can be recomputed instead of saved.
 
-    Only exact types of known classes match: torch's GELU, SiLU, Mish, Hardswish, layer, RMS and group normalization,
-    and batch normalization in evaluation mode (checked at run time); timm's GELUs and layer, RMS, group and simple
-    normalizations; transformers' RMS normalizations and most of its GELU, SiLU and Mish activations.
+    Instances of known classes match, but not of their subclasses: torch's GELU, SiLU, Mish, Hardswish, layer, RMS, and
+    group normalization, and batch normalization in evaluation mode (checked at run time); timm's GELUs and layer, RMS,
+    group, and simple normalizations; transformers' RMS normalizations and most of its GELU, SiLU, and Mish activations.
     """
     cls = type(module)
     name, package = cls.__qualname__, cls.__module__
@@ -85,8 +85,8 @@ def can_recompute(module: nn.Module) -> bool:
 def can_track(module: nn.Module, *, compress: bool) -> bool:
     """Return whether to track the operations in a module's forward pass.
 
-    Tracking saves memory in blocks of Swin, ViTDet and SAM's encoder, timm's gated MLPs, transformers' MLPs, and
-    diffusers' transformer blocks, modulations and activations. With `compress`, it also saves memory in attention
+    Tracking saves memory in blocks of Swin, ViTDet, and SAM's encoder, timm's gated MLPs, transformers' MLPs, and
+    diffusers' transformer blocks, modulations, and activations. With `compress`, it also saves memory in attention
     modules of timm and transformers.
     """
     cls = type(module)
@@ -108,9 +108,10 @@ def mark_outputs(model: nn.Module, *, compress: Callable[[], bool] | None = None
 
     Args:
         model: The model.
-        compress: Function called in each forward pass that returns whether these modules and attention save their
-            inputs in int8 (see `snella.memory.origins.encode`). Modules with trainable parameters, other pre-hooks or
-            backward hooks, and all modules under `torch.compile`, save exact inputs. `None` disables compression.
+        compress: Function that is called in each forward pass and returns whether these modules and attention save
+            their inputs in int8 (see `snella.memory.origins.encode`). Modules with trainable parameters, pre-hooks of
+            other code, or backward hooks, and all modules under `torch.compile`, save exact inputs. `None` disables
+            compression.
 
     Returns:
         Number of modules whose outputs can be marked.
@@ -151,8 +152,9 @@ def _is_recorded() -> bool:
 def _is_reproducible(module: nn.Module) -> bool:
     """Return whether a module's output can be recomputed in its present state.
 
-    Pre-hooks, backward hooks, global hooks, hooks that run before `_mark_output`, a replaced `forward` and batch
-    statistics prevent it. Forward hooks that run later do not, because a changed output carries no mark.
+    Backward hooks, global hooks, pre-hooks other than `_detach_input`, forward hooks that run before `_mark_output`, a
+    replaced `forward`, and batch statistics prevent this. Later forward hooks do not, because an output that they
+    change loses its mark.
     """
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
         return False
@@ -211,7 +213,7 @@ def _mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tenso
 
 
 def _run_module(module: nn.Module, is_training: bool, z: Tensor) -> Tensor:
-    """Run a module's `forward`, without hooks, in the mode of its forward pass."""
+    """Run a module's `forward`, without hooks, in the mode of the original forward pass."""
     mode = module.training
     module.training = is_training
     try:
@@ -274,7 +276,7 @@ class _TrackingMode(TorchFunctionMode):
         self._hooks = _saved_tensors_hooks()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function, and mark its output if there is a handler that can."""
+        """Call a function, and mark its output if a handler supports the call."""
         kwargs = kwargs or {}
         output = None
         handler = None if torch.compiler.is_compiling() else _HANDLERS.get(func)
@@ -294,9 +296,9 @@ class _TrackingMode(TorchFunctionMode):
         return False
 
     def is_recorded(self) -> bool:
-        """Return whether the saved-tensor hooks have not changed since the start of the block.
+        """Return whether the saved-tensor hooks are the same as at the start of the block.
 
-        Activation checkpointing inside the block sets its own hooks, and recomputes its region without this mode.
+        Activation checkpointing inside the block sets its own hooks and recomputes its region without this mode.
         """
         return _saved_tensors_hooks() == self._hooks
 
@@ -328,7 +330,7 @@ def _activate(
 def _attend(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """Return the marked output of attention, whose queries, keys and values are saved in int8."""
+    """Return the marked output of attention, whose queries, keys, and values are saved in int8."""
     if not compress or len(args) < 3 or not _c_autograd._saved_tensors_hooks_is_enabled():
         return None
     query, key, value, *rest = args
@@ -343,7 +345,7 @@ def _attend(
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         return function(query, key, value, mask, **options)
 
-    # save nothing, but leave autograd enabled, because without a graph, torch may choose a different kernel
+    # save nothing, but leave autograd enabled, because without a graph, torch may choose a different attention kernel
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda saved: saved):
         output = run(*[z.detach().requires_grad_(z.requires_grad) for z in inputs])
     return save_rounded(inputs, output.detach(), run)
@@ -369,7 +371,7 @@ def _derive(x: Tensor, mark: Mark, function: Callable[[Tensor], Tensor]) -> Tens
 def _combine(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """Return the marked product or sum of a marked tensor and a number or another tensor.
+    """Return the marked product or sum of a marked tensor and a number or second tensor.
 
     Autograd saves the other factor of a product anyway. It saves nothing for a sum, so marking a sum saves memory only
     if the other summand is small.

@@ -18,7 +18,7 @@ class InferredArchitecture:
 
     Attributes:
         name: Name of the timm model.
-        img_size: Input size of the weights, or None for networks without a fixed input size.
+        img_size: Input size of the weights, or None for architectures without a fixed input size.
         options: Other arguments of `timm.create_model`.
     """
 
@@ -59,7 +59,7 @@ def _stage_depths(state: dict[str, Tensor], pattern: re.Pattern[str]) -> tuple[i
 
 
 def infer_convnext(state: dict[str, Tensor]) -> InferredArchitecture:
-    """Infer widths, depths and version of a ConvNeXt. Version 2 has global response normalization (`grn`)."""
+    """Infer the widths, depths, and version of a ConvNeXt; version 2 has global response normalization (`grn`)."""
     depths = _stage_depths(state, _BLOCK)
     stem = next(state[name] for name in _STEM if name in state)
     dims = [stem.shape[0]]
@@ -94,10 +94,10 @@ _SWIN_SIZES: dict[tuple[int, tuple[int, ...]], str] = {
 
 
 def infer_swin(state: dict[str, Tensor]) -> InferredArchitecture:
-    """Infer width, depths, heads, window and input size of a Swin from its shapes.
+    """Infer the width, depths, heads, window size, and input size of a Swin from its shapes.
 
     The first position table has `(2w − 1)²` rows for window size `w`. The input size follows from the attention masks
-    of shifted windows, `[n, w², w²]` for `n` windows, if the file has them (Microsoft's files do). Otherwise it
+    of shifted windows, `[n, w², w²]` for `n` windows, if the file has them (Microsoft's files do). Otherwise, it
     follows from the window size, since the last stage of every published model has exactly one window.
     """
     width, _, patch, _ = state[_PATCH].shape
@@ -140,7 +140,7 @@ _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
 def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = None) -> InferredArchitecture:
-    """Infer the timm name of a ViT from width, depth, patch size, layer scale and register tokens.
+    """Infer the timm name of a ViT from width, depth, patch size, layer scale, and register tokens.
 
     Args:
         state: State dict in timm's or DINOv2's naming.
@@ -148,7 +148,8 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
         num_heads: Number of attention heads, if known from the file or its publisher.
 
     Raises:
-        ValueError: If the weights are not a ViT, are a CLIP image tower, or timm has no name for the ViT.
+        ValueError: If the weights are not those of a ViT or belong to a CLIP image tower, or timm has no name for the
+            ViT.
     """
     patch = state.get(_PATCH)
     positions = state.get("pos_embed")
@@ -192,7 +193,7 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
 
 def _grid_side(positions: int, registers: int) -> int | None:
     """Return the side of the patch grid without class and register tokens, or None if it is not square."""
-    # the positions may include the class token, no other token, or class and register tokens
+    # `pos_embed` covers the patches and the class token, only the patches, or all tokens including registers
     for num_tokens in (1, 0, 1 + registers):
         side = math.isqrt(max(positions - num_tokens, 0))
         if side and side * side == positions - num_tokens:
@@ -201,7 +202,7 @@ def _grid_side(positions: int, registers: int) -> int | None:
 
 
 def infer_architecture(checkpoint: Checkpoint, *, source: str) -> InferredArchitecture:
-    """Infer the timm model of a ViT, Swin or ConvNeXt from parameter names (timm's or the authors') and shapes.
+    """Infer the timm model of a ViT, Swin, or ConvNeXt from parameter names (timm's or the authors') and shapes.
 
     Args:
         checkpoint: Result of `read_checkpoint`.

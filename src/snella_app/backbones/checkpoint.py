@@ -34,7 +34,7 @@ _REPRESENTATION = ("pre_logits/kernel", "pre_logits/bias")
 def read_google_npz(path: Path) -> tuple[dict[str, Tensor], int]:
     """Read a ViT in the layout of google-research/vision_transformer.
 
-    timm's `VisionTransformer.load_pretrained` fills a model of the file's sizes, whose state dict is returned.
+    timm's `VisionTransformer.load_pretrained` fills a model with the file's dimensions, and its state dict is returned.
 
     Args:
         path: `.npz` file.
@@ -43,13 +43,13 @@ def read_google_npz(path: Path) -> tuple[dict[str, Tensor], int]:
         State dict in timm's naming and the number of attention heads.
 
     Raises:
-        ValueError: If the file is damaged, or an array is missing, unexpected or has an inconsistent shape.
+        ValueError: If the file is damaged, or an array is missing, is unexpected, or has an inconsistent shape.
         NotImplementedError: If the file is a ResNet-ViT hybrid or a big_vision checkpoint.
     """
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             shapes = {key: arrays[key].shape for key in arrays.files}
-    except Exception as error:  # damaged files raise errors of zipfile, zlib and the parser
+    except Exception as error:  # damaged files raise errors of zipfile, zlib, and the parser
         raise ValueError(f"weights '{path}' are not a readable .npz file: {first_line(error)}") from error
     if "opt/target/embedding/kernel" in shapes:
         prefix = "opt/target/"
@@ -157,7 +157,7 @@ class Origin:
         label: Name for messages.
         mean: RGB mean of the training normalization.
         std: RGB standard deviation of the training normalization.
-        num_heads: Number of attention heads by width, for widths with an unusual number.
+        num_heads: Number of attention heads by width, only for widths with an unusual number of heads.
     """
 
     label: str
@@ -183,7 +183,7 @@ def _identify_origin(state: dict[str, Tensor]) -> Origin | None:
     if positions is None or positions.ndim != 3 or positions.shape[-1] % 4:
         return None
     grid = math.isqrt(max(positions.shape[1] - 1, 0))
-    # both publishers leave the position of the class token at zero
+    # MAE and MoCo v3 leave the position embedding of the class token at zero
     if grid < 2 or grid * grid + 1 != positions.shape[1] or positions[0, 0].any():
         return None
     # fixed sines of the patch's column, then row (MAE), or of its row, then column (MoCo v3)
@@ -249,7 +249,7 @@ def state_dict_errors(
 
 
 def format_mismatches(missing: list[str], unexpected: list[str], reshaped: list[str]) -> list[str]:
-    """Return one message per type of mismatch, with its tensors."""
+    """Return one message per type of mismatch that occurs, with its tensors."""
     kinds = (("missing", missing), ("unexpected", unexpected), ("with a different shape", reshaped))
     return [f"{len(names)} {kind} ({listed(names)})" for kind, names in kinds if names]
 
@@ -290,7 +290,7 @@ class Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a weight file without executing code in it.
 
-    Dictionaries nested under `state_dict`, `model` or `model_state_dict` are unwrapped, and wrapper prefixes
+    Dictionaries nested under `state_dict`, `model`, or `model_state_dict` are unwrapped, and wrapper prefixes
     (`module.`, `_orig_mod.`, `model.`) are removed. Google's `.npz` is converted to timm's naming. Pre-training
     checkpoints (MAE, MoCo v3) are reduced to the encoder.
 
@@ -299,7 +299,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file type is unknown, the file is damaged, or it has no tensors.
+        ValueError: If the file type is unknown, or the file is damaged or contains no tensors.
         NotImplementedError: See `read_google_npz`.
     """
     if not path.is_file():
@@ -333,9 +333,9 @@ def weight_suffix(path: Path) -> str:
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None:
-    """Load all tensors of a checkpoint into a timm model, except a head with another number of classes.
+    """Load all tensors of a checkpoint into a timm model, except a head with a different number of classes.
 
-    timm's checkpoint filter converts names and resamples position embeddings. For known publishers, their mean and
+    timm's checkpoint filter converts names and resamples position embeddings. If the publisher is known, its mean and
     standard deviation replace those in the model's data config.
 
     Args:
@@ -344,7 +344,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
         name: Name of the backbone, for messages.
 
     Raises:
-        ValueError: If tensors are missing, unexpected or of another shape, or the number of attention heads differs.
+        ValueError: If tensors are missing, are unexpected, or have a different shape, or the number of attention heads
+            differs.
     """
     reference = model.state_dict()
     cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
@@ -356,7 +357,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
     model_heads = getattr(first_attention, "num_heads", None)
     if None not in (checkpoint.num_heads, model_heads) and checkpoint.num_heads != model_heads:
         raise ValueError(
-            f"weights '{checkpoint.source}' have {checkpoint.num_heads} attention heads, "
+            f"weights '{checkpoint.source}' have {checkpoint.num_heads} attention heads, but "
             f"backbone {name!r} has {model_heads}"
         )
     state = _filtered(model, checkpoint, misfit)
@@ -386,13 +387,13 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
 
 
 def _read_torch(path: Path) -> Any:
-    """Unpickle tensors, plain values and `argparse.Namespace`, which training scripts store, but no other types."""
+    """Unpickle tensors, plain values, and `argparse.Namespace` (which training scripts store), but no other types."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # damaged files also raise IndexError, AssertionError and others
+    except Exception as error:  # damaged files also raise IndexError, AssertionError, and others
         raise ValueError(
             f"weights '{path}' cannot be read as tensors (files that contain code are rejected): {first_line(error)}"
         ) from error
@@ -418,7 +419,7 @@ def _open_nested(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the name prefixes of DDP, `torch.compile` and Lightning."""
+    """Remove the name prefixes of DDP, `torch.compile`, and Lightning."""
     prefix = _wrapper_prefix(state)
     while prefix is not None:
         state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -445,16 +446,16 @@ def _resized_tensors(checkpoint: Checkpoint, reference: dict[str, Tensor]) -> li
     other = reference.get(_PATCH)
     if patch is not None and other is not None and patch.ndim == other.ndim == 4 and patch.shape != other.shape:
         return state_dict_errors({_PATCH: patch}, {_PATCH: other})
-    # compare one row: the number of rows may differ, the number of heads may not
+    # compare one row: the number of rows may differ, but not the number of heads
     file_rows = _first_table_rows(checkpoint.state)
     model_rows = _first_table_rows(reference)
     return state_dict_errors(file_rows, model_rows, optional_prefixes=tuple(model_rows)) if model_rows else []
 
 
 def _filtered(model: nn.Module, checkpoint: Checkpoint, misfit: str) -> dict[str, Tensor]:
-    """Return the tensors as converted by timm's checkpoint filter of the model family, if it has one.
+    """Return the tensors, converted by the checkpoint filter of the timm model's family if it has one.
 
-    `misfit` begins the message of the ValueError if the filter fails.
+    If the filter fails, the message of the ValueError starts with `misfit`.
     """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:

@@ -1,4 +1,4 @@
-"""Creation of timm backbones from a name, a folder or a weight file."""
+"""Create timm backbones from a name, a folder, or a weight file."""
 
 import difflib
 import json
@@ -60,9 +60,10 @@ _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", 
 
 
 def _read_folder(path: Path) -> tuple[Path, bool]:
-    """Return the weight file of a folder in timm's format, and whether its architecture has a fixed input size.
+    """Return the weight file of a folder in timm's format, and whether the model has a fixed input size.
 
-    Raises FileNotFoundError for missing files, and ValueError for a `config.json` without a timm architecture.
+    Raises FileNotFoundError for missing files, and ValueError for a `config.json` that is not JSON or does not name a
+    timm model.
     """
     config_file = path / "config.json"
     if not config_file.is_file():
@@ -96,7 +97,7 @@ def _read_folder(path: Path) -> tuple[Path, bool]:
 _logger = logging.getLogger(__name__)
 _PROBE_TIMEOUT_S = 5.0
 _NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
-"""Packages whose errors are connection failures, unless they contain the response of a server."""
+"""Packages whose errors count as connection failures, unless the error contains a server's response."""
 
 
 def create_from_hub(name: str, *, pretrained: bool, img_size: int | None = None, **options: Any) -> nn.Module:
@@ -113,7 +114,7 @@ def create_from_hub(name: str, *, pretrained: bool, img_size: int | None = None,
 
     Raises:
         ConnectionError: If the Hub is unreachable and the cache lacks the files.
-        ValueError: If the Hub does not have the files.
+        ValueError: If the Hub does not provide the files.
     """
     with cache_only_if_unreachable() as reason:
         try:
@@ -155,7 +156,7 @@ def cache_only_if_unreachable() -> Iterator[str | None]:
             if not _is_network_error(error):
                 raise
             reason = first_line(error).rstrip(".")
-            _logger.info("Hub unreachable (%s); using its cache", reason)
+            _logger.info("the Hub is unreachable (%s); using the local cache", reason)
     constants.HF_HUB_OFFLINE = reason is not None
     try:
         yield reason
@@ -182,7 +183,7 @@ _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _FOLDER_PREFIX = "local-dir:"
 _ANY_SIZE = (Beit, Eva, VisionTransformer)
 """Models that need no trial pass in `build_sized`, because they support every multiple of the patch size.
-`create_backbone` checks the multiple."""
+`create_backbone` checks that the size is a multiple."""
 SAM_PREFIX = "sam:"
 """Prefix of a path to a SAM (Segment Anything Model) in `create_segmenter`."""
 
@@ -198,31 +199,32 @@ def create_backbone(
 ) -> nn.Module:
     """Create a timm model with pre-trained weights and a head of `num_classes` outputs.
 
-    `timm.data.resolve_model_data_config(model)` returns mean, std, interpolation and the selected input size. A head
-    with another number of classes is replaced by a randomly initialized one. All other tensors must match. Position
+    `timm.data.resolve_model_data_config(model)` returns mean, std, interpolation, and the selected input size. A head
+    with a different number of classes is replaced by a randomly initialized one. All other tensors must match. Position
     embeddings are resampled if the input size differs.
 
     Args:
-        name: timm name (`vit_base_patch16_224.augreg_in21k`, or `hf-hub:owner/repo`), bundled backbone
+        name: timm name (`vit_base_patch16_224.augreg_in21k`, or `hf-hub:owner/repo`), backbone registered by a package
             (`packaged_names()`), folder in the Hub's timm format (`config.json` and `model.safetensors` or
-            `pytorch_model.bin`), or weight file of a ViT, Swin or ConvNeXt whose architecture is inferred from its
+            `pytorch_model.bin`), or weight file of a ViT, Swin, or ConvNeXt whose architecture is inferred from its
             shapes.
         num_classes: Number of outputs; 0 removes the head.
         weights: Weight file (`.pth`, `.pth.tar`, `.pt`, `.bin`, `.safetensors`, Google's `.npz`) for the architecture
             `name`, loaded regardless of `pretrained` and without the Hub. For known publishers (Google, MAE,
             MoCo v3, Microsoft's Swin, Facebook's ConvNeXt), images use the publisher's normalization.
-        pretrained: False uses random weights. It needs no package, and the Hub only for `hf-hub:` names.
-        img_size: Input resolution in pixels; None uses the resolution of the weights, or of `name` with `weights`.
-        channels: Number of image channels. Values other than 3 adapt the first convolution as in timm: kernels are
-            summed for one channel, else repeated and scaled by 3 / channels. Mean and standard deviation are averaged
-            or repeated.
+        pretrained: False uses random weights, which need no package and need the Hub only for `hf-hub:` names.
+        img_size: Input resolution in pixels; None uses the resolution of the weights or, if `weights` is given, the
+            default resolution of `name`.
+        channels: Number of image channels. Values other than 3 adapt the first convolution as in timm: its weights are
+            summed for one channel, and otherwise repeated and scaled by 3 / channels. Mean and standard deviation are
+            averaged for one channel, and otherwise repeated.
 
     Raises:
         ValueError: If the name is unknown, weights do not fit, `img_size` is not a multiple of the patch size, or an
             argument is out of range.
         NotImplementedError: If a `.npz` file is not a plain ViT, or the first convolution cannot be adapted.
         FileNotFoundError: If a path does not exist.
-        ImportError: If the package of a bundled backbone is not installed.
+        ImportError: If a registered backbone needs a package that is not installed.
         ConnectionError: If the Hub is needed and cannot be reached.
     """
     if num_classes < 0:
@@ -266,7 +268,7 @@ def create_backbone(
         model = create_from_hub(timm_name, pretrained=True, img_size=img_size, **options)
     else:
         model = _build(_resolve_name(name), options, img_size)
-    return _with_channels(_with_input_size(model, name, img_size), name, channels)
+    return _with_channels(_set_input_size(model, name, img_size), name, channels)
 
 
 def build_sized(build: Callable[[], nn.Module], name: str, img_size: int | None) -> nn.Module:
@@ -296,7 +298,7 @@ def build_sized(build: Callable[[], nn.Module], name: str, img_size: int | None)
 
 
 def _from_path(path: Path, name: str, options: dict[str, Any], pretrained: bool, img_size: int | None) -> nn.Module:
-    """Build from a folder in the Hub's format or from a weight file with inferred architecture."""
+    """Build a model from a folder in the Hub's format, or from a weight file whose architecture is inferred."""
     if path.is_dir():
         weights, has_fixed_size = _read_folder(path)
         size: dict[str, Any] = {"img_size": img_size} if has_fixed_size and img_size is not None else {}
@@ -317,11 +319,11 @@ def _from_path(path: Path, name: str, options: dict[str, Any], pretrained: bool,
     model = _store_arguments(_build(inferred.name, options | inferred.options, side), inferred.options)
     if pretrained:
         load_weights(model, checkpoint, name=inferred.name)
-    return _with_input_size(model, inferred.name, side)
+    return _set_input_size(model, inferred.name, side)
 
 
 def model_arguments(model: nn.Module) -> dict[str, Any]:
-    """Return the arguments of `timm.create_model`, e.g. from a `config.json`, except name, classes and image size."""
+    """Return the arguments of `timm.create_model`, except the name, the number of classes, and the image size."""
     config = getattr(model, "pretrained_cfg", None) or {}
     arguments = {**(getattr(model, "pretrained_model_args", None) or {}), **(config.get("model_args") or {})}
     return {name: value for name, value in arguments.items() if name not in ("num_classes", "img_size")}
@@ -346,15 +348,15 @@ def _size_option(name: str, img_size: int | None) -> dict[str, Any]:
 
 
 def _hub_size_option(name: str, img_size: int | None) -> dict[str, Any]:
-    """Return the option of `_size_option`, for a `hf-hub:` name according to the repository's configuration."""
+    """Return the option of `_size_option`; for an `hf-hub:` name, read the repository's configuration."""
     if img_size is None or not name.startswith(_HUB_PREFIXES):
         return _size_option(name, img_size)
     config, architecture, _ = load_model_config_from_hf(name.partition(":")[2])
     return {"img_size": img_size} if config.get("fixed_input_size") else _size_option(architecture, img_size)
 
 
-def _with_input_size(model: nn.Module, name: str, img_size: int | None) -> nn.Module:
-    """Set the input size in the model's data config, which transforms read.
+def _set_input_size(model: nn.Module, name: str, img_size: int | None) -> nn.Module:
+    """Set the input size in the model's data config, which transforms read, and return the model.
 
     Raises ValueError if the size is not a multiple of the patch size.
     """
@@ -375,7 +377,7 @@ def _with_input_size(model: nn.Module, name: str, img_size: int | None) -> nn.Mo
 
 
 def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
-    """Adapt the first convolution to `channels`, and set mean, standard deviation and input size."""
+    """Adapt the first convolution to `channels` in place, and set the mean, standard deviation, and input size."""
     own_channels = model_arguments(model).get("in_chans", 3)
     if channels == own_channels:
         return model
@@ -453,11 +455,11 @@ _WELL_KNOWN = (
 )
 """Pre-trained models suggested for a family name, most common first."""
 _LETTERS = {"base": "b", "small": "s", "large": "l", "tiny": "t", "patch": ""}
-"""Abbreviations in names of papers and other libraries: ViT-B/16, vit_b_16."""
+"""Abbreviations in the names that papers and other libraries use: ViT-B/16, vit_b_16."""
 
 
 def _similar_backbones(name: str) -> list[str]:
-    """Return up to five well-known pre-trained models whose names contain this one, prefix matches first."""
+    """Return up to five well-known pre-trained models whose names contain `name`, prefix matches first."""
     query = re.sub(r"[^a-z0-9]", "", name.lower())
     ranked = []
     for known in (*_WELL_KNOWN, *packaged_names()):

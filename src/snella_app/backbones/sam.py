@@ -1,6 +1,6 @@
 """Segmentation models from SAM (Segment Anything Model).
 
-The weights come from the authors' checkpoint or from a folder of transformers.
+The weights come from the authors' checkpoint, or from a file or folder in transformers' format.
 """
 
 import json
@@ -30,8 +30,8 @@ _DECODER = "mask_decoder."
 def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
     """Infer the configuration of a SAM of any size.
 
-    The width of the image encoder's relative positions determines the number of heads. Their length tells blocks with
-    global attention from those with attention in windows. The mask decoder has eight heads.
+    The width of the image encoder's relative position tables determines the number of heads. Their length distinguishes
+    blocks with global attention from those with window attention. The mask decoder is assumed to have eight heads.
 
     Args:
         state: State dict in the naming of transformers' `SamModel`.
@@ -61,7 +61,7 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
         )
     depth = _count(state, _VISION + "layers.")
     lengths = [shape(f"{_VISION}layers.{k}.attn.rel_pos_h")[0] for k in range(depth)]
-    global_length = 2 * grid - 1  # offsets between all positions
+    global_length = 2 * grid - 1  # number of offsets between positions along one axis
     windows = {(length + 1) // 2 for length in lengths if length != global_length}
     if len(windows) > 1:
         raise ValueError(f"'{source}' is not a SAM: blocks must share one window size, got {sorted(windows)} patches")
@@ -134,12 +134,12 @@ _MLP = re.compile(r"^(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_predic
 def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
     """Load a SAM of any size with all weights.
 
-    For another image size, absolute positions are resampled bicubically, and relative positions of the global blocks
-    linearly, as in SAM's forward pass.
+    For a different image size, absolute positions are resampled bicubically, and relative positions of the global
+    blocks linearly, as in SAM's forward pass.
 
     Args:
         path: The authors' `.pth`, a weight file in transformers' naming, or a folder written by
-            `SamModel.save_pretrained`; detected by content.
+            `SamModel.save_pretrained`; the format is detected automatically.
         image_size: Input resolution in pixels; None uses the resolution of the weights (1024).
 
     Returns:
@@ -148,8 +148,8 @@ def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
     Raises:
         FileNotFoundError: If the file, the folder or its `config.json` does not exist.
         OSError: If the folder contains no weights.
-        ValueError: If the weights are not a SAM or damaged, tensors are missing, unexpected or have a different shape,
-            or `image_size` is not a multiple of the patch size.
+        ValueError: If the weights are damaged or not those of a SAM, tensors are missing, are unexpected, or have a
+            different shape, or `image_size` is not a multiple of the patch size.
     """
     location = expand_user(path)
     if location.is_dir():
@@ -187,7 +187,7 @@ def _to_transformers_names(state: dict[str, Tensor], path: Path) -> dict[str, Te
 
 
 def _renamed(name: str, depths: dict[str, int]) -> str:
-    """Convert one of the authors' names to transformers' name. `depths` is the number of layers of each MLP."""
+    """Convert one of the authors' names to transformers' name. `depths` maps MLP names to numbers of layers."""
     for pattern, replacement in _RENAMED:
         name = re.sub(pattern, replacement, name)
     match = _MLP.match(name)
@@ -222,7 +222,7 @@ def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
         )
     except OSError:
         raise
-    except Exception as error:  # damaged files raise errors of safetensors, torch and huggingface_hub
+    except Exception as error:  # damaged files raise errors of safetensors, torch, and huggingface_hub
         raise ValueError(f"SAM folder '{folder}' cannot be read: {first_line(error)}") from error
     model = cast(SamModel, loaded[0])
     info = loaded[1]
@@ -235,7 +235,7 @@ def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
 
 
 def _resized(config: SamConfig, state: dict[str, Tensor], image_size: int) -> tuple[SamConfig, dict[str, Tensor]]:
-    """Return configuration and weights for another image size, which must be a multiple of the patch size."""
+    """Return the configuration and weights for an image size, which must be a multiple of the patch size."""
     vision: Any = config.vision_config
     patch = vision.patch_size
     old_grid = vision.image_size // vision.patch_size
@@ -266,7 +266,7 @@ class SamMaskHead(nn.Module):
     As in SAM-Adapter, the decoder and the dense embedding are trained, and the first mask token predicts the mask.
 
     Args:
-        sam: Model that provides the decoder, dense embedding and position encoding.
+        sam: Model that provides the decoder, dense embedding, and position encoding.
     """
 
     def __init__(self, sam: SamModel) -> None:
@@ -296,7 +296,7 @@ class SamMaskHead(nn.Module):
 class SamSegmenter(nn.Module):
     """Binary segmenter: `[batch, 3, S, S]` → scores of background (always 0) and foreground, `[batch, 2, S, S]`.
 
-    With a background score of 0, the foreground softmax equals the sigmoid of SAM's logit.
+    With a background score of 0, the softmax probability of the foreground equals the sigmoid of SAM's logit.
 
     Args:
         sam: Model whose encoder and decoder are reused.
@@ -307,7 +307,7 @@ class SamSegmenter(nn.Module):
         super().__init__()
         self.encoder = sam.vision_encoder
         self.decoder = SamMaskHead(sam)
-        # preprocessing of GPS and SAM-Adapter: ImageNet statistics, resize without cropping
+        # as in the papers GPS and SAM-Adapter: ImageNet statistics, resizing without cropping
         self.pretrained_cfg = {
             "architecture": None,
             "input_size": (3, image_size, image_size),
@@ -320,7 +320,7 @@ class SamSegmenter(nn.Module):
         self.default_cfg = self.pretrained_cfg
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute scores of every pixel."""
+        """Compute the class scores of every pixel."""
         logits = self.decoder(self.encoder(images).last_hidden_state)
         logits = F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
         return torch.cat([torch.zeros_like(logits), logits], dim=1)

@@ -15,15 +15,15 @@ _WIDTH = 128
 
 
 class LightDecoder(nn.Module):
-    """Decoder that maps feature maps of several layers to class scores at four times their resolution.
+    """Decoder that maps feature maps of several layers to class scores at four times the first map's resolution.
 
-    Each map is normalized (GroupNorm with one group) and projected to 128 channels by a 1×1 convolution. The sum
-    passes twice through 2× upsampling, 3×3 convolution, GroupNorm and GELU, then through a 1×1 convolution to the
-    classes. The decoder supports any batch size and image size.
+    Each map is normalized (GroupNorm with one group), projected to 128 channels by a 1×1 convolution, and resized to
+    the size of the first. The sum passes twice through 2× upsampling, a 3×3 convolution, GroupNorm, and GELU, and then
+    through a 1×1 convolution to the classes. The decoder supports any batch size and image size.
 
     Args:
         channels: Number of channels of each map.
-        num_classes: Number of classes including background.
+        num_classes: Number of classes, including background.
     """
 
     def __init__(self, channels: list[int], num_classes: int) -> None:
@@ -36,7 +36,7 @@ class LightDecoder(nn.Module):
         self.classify = nn.Conv2d(_WIDTH, num_classes, 1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Compute class scores `[batch, classes, 4h, 4w]` from maps resized to the first, `[batch, channels, h, w]`."""
+        """Compute class scores `[batch, classes, 4h, 4w]` if the first map is `[batch, channels, h, w]`."""
         size = features[0].shape[-2:]
         # torch 2.13 crashes in GroupNorm's backward pass for channels-last inputs without gradient
         levels = zip(self.norms, self.projections, (level.contiguous() for level in features), strict=True)
@@ -53,11 +53,11 @@ class SegmentationModel(nn.Module):
     The decoder reads up to four evenly spaced layers, including the last.
 
     Args:
-        encoder: timm model without head, with `forward_intermediates`.
-        num_classes: Number of classes including background.
+        encoder: timm model without a head, with `forward_intermediates`.
+        num_classes: Number of classes, including background.
 
     Raises:
-        NotImplementedError: If the model does not support `forward_intermediates`.
+        NotImplementedError: If the encoder does not support `forward_intermediates`.
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int) -> None:
@@ -77,7 +77,7 @@ class SegmentationModel(nn.Module):
         self.default_cfg = self.pretrained_cfg
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute class scores of every pixel."""
+        """Compute the class scores of every pixel."""
         features = self.encoder.forward_intermediates(  # type: ignore[operator]
             images, indices=self.layers, norm=True, intermediates_only=True, output_fmt="NCHW"
         )
@@ -94,9 +94,9 @@ def create_segmenter(
 ) -> nn.Module:
     """Build a backbone with a decoder.
 
-    `name` is a name for `create_backbone`, combined with a `LightDecoder`, or `sam:PATH`, a pre-trained SAM with its
-    decoder, which takes no `weights` and ignores `pretrained`. Other arguments and errors are those of
-    `create_backbone` and `create_sam_segmenter`.
+    `name` is either a name for `create_backbone`, whose model gets a `LightDecoder`, or `sam:PATH` for a pre-trained
+    SAM (Segment Anything Model) with its own decoder. For a SAM, `weights` is not allowed, and `pretrained` is ignored.
+    All other arguments and errors are those of `create_backbone` and `create_sam_segmenter`.
     """
     if name.startswith(SAM_PREFIX):
         from snella_app.backbones.sam import create_sam_segmenter  # lazy: importing transformers' SAM is slow
@@ -114,6 +114,6 @@ def _resized(x: Tensor, size: torch.Size) -> Tensor:
 
 
 def _evenly_spaced(count: int, limit: int) -> list[int]:
-    """Return up to `limit` of `count` layer indices, including the last."""
+    """Return the indices of up to `limit` of `count` layers, evenly spaced and including the last."""
     limit = min(limit, count)
     return [round((k + 1) * count / limit) - 1 for k in range(limit)]

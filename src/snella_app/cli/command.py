@@ -16,11 +16,11 @@ class Command:
     """Command of the `snella` program.
 
     Attributes:
-        function: Function to call. Positional-only parameters become positional arguments, others become options. If
-            the only parameter is a `Config`, its settings become the arguments. The docstring is the help.
-        library: Module to import before the call, while Ctrl-C exits immediately.
+        function: Function to call. Positional-only parameters become positional arguments; all others become options.
+            If the only parameter is a `Config`, its settings become the arguments. The docstring is the help text.
+        library: Module to import before the call. During this import, Ctrl-C exits immediately.
         is_recorded: If True, store the settings in the run folder as `commands/NAME.yaml`.
-        is_research: If True, list the command under research commands.
+        is_research: If True, list the command under the research commands.
     """
 
     function: Callable[..., None]
@@ -33,7 +33,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(library: str, *, is_recorded: bool = False, is_research: bool = False) -> Callable[[_Function], _Function]:
-    """Register a function as a command, with dashes in its name; raises ValueError if the name is taken."""
+    """Register a function as a command under its name with dashes; raise ValueError if the name is taken."""
 
     def register(function: _Function) -> _Function:
         name = function.__name__.replace("_", "-")
@@ -46,7 +46,7 @@ def command(library: str, *, is_recorded: bool = False, is_research: bool = Fals
 
 
 def record(name: str, settings: dict[str, Any]) -> None:
-    """Store a command's settings in the run folder as `commands/NAME.yaml`, if it is writable."""
+    """Store a command's settings in the run folder as `commands/NAME.yaml`, if the folder is writable."""
     import yaml
 
     from snella_app.files import write_text

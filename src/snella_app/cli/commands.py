@@ -68,10 +68,10 @@ def evaluate(
 
     Args:
         run: Run folder.
-        data: Data to evaluate on instead of the run's, e.g. more-photos. The run must have been trained on all of
-            its classes.
-        split: Split to evaluate: train, val, test or all. auto selects the run's test split (validation if it has
-            none), or all images of other data.
+        data: Data to evaluate on instead of the run's, e.g. more-photos. All of its classes must be classes of the
+            run.
+        split: Split to evaluate: train, val, test or all. auto selects the run's test split (validation if there is
+            none), or all images of data other than the run's.
         batch_size: Batch size.
         columns: Columns of a table, e.g. path=file,label=species; defaults to the run's columns.
         skip_corrupt: Skip unreadable images.
@@ -148,16 +148,16 @@ def predict(
         run: Run folder.
         images: Image files, folders, quoted glob patterns, or tables (CSV, Parquet) with a column of paths; - reads
             paths from standard input, one per line.
-        out: Write the label and probability of each image to this .csv, .json, .jsonl or .parquet file instead of
-            printing them. For segmentation, a folder for the masks.
+        out: Write the predictions to this .csv, .json, .jsonl or .parquet file, or the masks of a segmentation run to
+            this folder, instead of printing them.
         overwrite: Replace existing files.
         top_k: Number of classes per image, most likely first, or all; defaults to one in files and three on the
             terminal.
         unsure: Mark predictions below this probability as unsure. auto uses the threshold that halves the error rate on
-            validation.
+            the validation images.
         tta: Test-time augmentation: number of views whose probabilities are averaged. 2 uses the image and its flip;
             larger values, up to 10, add corner crops of the enlarged image. Defaults to the run's setting.
-        features: Also write the features of each image, the input of the classifier head, to this .npz, .npy or
+        features: Also write the features of each image (the input of the classifier head) to this .npz, .npy or
             .parquet file.
         watch: Predict the images in the folders, then new ones until Ctrl-C; rows are appended to --out.
         batch_size: Batch size.
@@ -287,7 +287,7 @@ def explain(
             all layers, independent of the class).
         of: Class to explain; defaults to the predicted class.
         neighbors: Number of nearest training images to show, by feature similarity; 0 for none.
-        overwrite: Write to a non-empty folder.
+        overwrite: Accept a non-empty --out folder.
         batch_size: Batch size.
         columns: Path column of a table, e.g. path=file; detected by default.
         skip_corrupt: Skip unreadable images.
@@ -335,7 +335,7 @@ def serve(
       snella serve runs/photos
       curl -F files=@new.jpg http://127.0.0.1:8000/predict
 
-    GET / returns the web page, GET /health the model and its limits, GET /docs the API documentation. POST /predict
+    GET / returns the web page, GET /health the model and the limits, GET /docs the API documentation. POST /predict
     accepts images as form files. The server has no authentication and no encryption: use a reverse proxy for both.
     Requires pip install 'snella[serve]'.
 
@@ -380,8 +380,8 @@ def push(
       snella push runs/photos user/photos
       snella push runs/photos user/photos --to-folder photos-hub
 
-    If the Hub cannot be reached, the folder is written next to the run. The model card lists results, data, classes and
-    usage; fill in the license yourself.
+    If the Hub cannot be reached, the repository is written to a folder next to the run. The model card lists results,
+    data, classes and usage; fill in the license yourself.
 
     Args:
         run: Run folder.
@@ -398,7 +398,7 @@ def push(
     console = make_console()
     if pushed.error is not None:
         upload = shlex.join(["hf", "upload", name, pushed.location, *(["--private"] if private else [])])
-        print_line(console, f"note: cannot reach the hub ({pushed.error}); later: {upload}")
+        print_line(console, f"note: cannot reach the Hub ({pushed.error}); to push later: {upload}")
     print_line(console, pushed.location)
 
 
@@ -421,8 +421,8 @@ def inspect(
       snella inspect --backbone vit_base_patch16_224 --batch 16
       snella inspect --backbone vit_large_patch16_224 --batch 64 --dtype bf16 --device h100
 
-    --backbone prints the peak memory of a training step with SNELLA, LoRA and full fine-tuning, without a run. A GPU
-    name in --device adds the predicted step time for plain ViTs.
+    --backbone needs no run and prints the estimated peak memory of a training step with SNELLA, LoRA and full
+    fine-tuning. A GPU name in --device adds the predicted step time for plain ViTs.
 
     Args:
         run: Run folder.
@@ -502,8 +502,8 @@ def data(
 
     Args:
         action: The only action is check.
-        data: Data as for snella train --data; the folder of VTAB-1k, FGVC or one of their datasets; or a folder with
-            the subfolders vtab-1k and fgvc.
+        data: Data as for snella train --data; the folder of VTAB-1k, FGVC or one of their datasets; or a folder of
+            benchmark folders, e.g. vtab-1k and fgvc.
         columns: Columns of a table, as for snella train.
         task: Task as for snella train, e.g. multilabel for lists of labels, regression for numbers.
         skip_corrupt: Report unreadable images as a note instead of an error, as in training with --skip-corrupt.

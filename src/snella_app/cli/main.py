@@ -1,4 +1,4 @@
-"""Entry point of `snella`: parse the command line, call the command, report errors in one line."""
+"""Entry point of `snella`: parse the command line, call the command, and report errors in one line."""
 
 import importlib
 import os
@@ -18,17 +18,17 @@ _INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    User errors are reported in one line on standard error; `--debug` shows the traceback.
+    User errors are reported in one line on standard error; `--debug` shows the traceback. Unexpected errors are raised.
 
     Args:
         arguments: Command line without the program name; `sys.argv[1:]` if None.
 
     Returns:
-        Exit status: 0 on success, 1 if runs of a comparison failed or the output pipe was closed, 2 after an error, 130
-        after Ctrl-C or another signal that stops training.
+        Exit status: 0 on success, 1 if runs of a comparison failed or the output pipe was closed, 2 after a reported
+        error, 130 after Ctrl-C or another signal that stops training.
 
     Raises:
-        SystemExit: With status 0 after `--help` and similar options, 1 if checks of `doctor` failed.
+        SystemExit: With status 0 after `--help` and similar options, or 1 if checks of `doctor` failed.
     """
     args = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides DDP notes; read when torch is imported
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
-    """Parse, import and run a command. Modules are imported late, so that Ctrl-C exits at any time."""
+    """Parse, import and run a command. Modules are imported here, so that Ctrl-C exits even during imports."""
     exit_on_interrupt()
     try:
         from snella_app.cli.parser import call, parse
@@ -94,7 +94,7 @@ def _report(error: Exception, args: Sequence[str], status: int = _USER_ERROR) ->
 
 
 def exit_on_interrupt() -> None:
-    """Make Ctrl-C exit immediately with one line and status 130; no-op in other programs.
+    """Make Ctrl-C exit immediately with one line and status 130; no-op in other programs and threads.
 
     Raising an exception does not work here: libraries swallow it during import or print a traceback.
     """

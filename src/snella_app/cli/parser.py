@@ -35,7 +35,7 @@ _LIBRARY_HELP = {
     "--help": "Show this help and exit.",
     "--print-config": "Print the configuration as YAML and exit; =skip_default omits default values.",
 }
-"""Help texts of the options that the libraries add."""
+"""Help texts of the options that argparse and jsonargparse add."""
 
 
 class UsageError(ValueError):
@@ -77,7 +77,7 @@ class Option:
 
     @property
     def choices(self) -> str:
-        """Placeholder of the value in help: `{dice,iou}`, or the option's name."""
+        """Placeholder for the value in help: `{dice,iou}`, or the option's name in uppercase."""
         return f"{{{','.join(self.values)}}}" if self.values and not self.is_positional else self.name.upper()
 
     @property
@@ -170,7 +170,7 @@ def call(name: str, settings: Mapping[str, Any]) -> Callable[[], None]:
 
 
 def _build_parser(command: str | None) -> ArgumentParser:
-    """Build the parser of `snella` with the options of one command, if any."""
+    """Build the parser of `snella`, with the options of one command unless `command` is None."""
     parser = ArgumentParser(
         prog="snella",
         exit_on_error=False,
@@ -225,7 +225,7 @@ def _command_list(is_research: bool) -> str:
 
 
 def _print_completion(shell: str) -> NoReturn:
-    """Print the completion script for a shell and exit. Its generator is imported only when it is needed."""
+    """Print the completion script for a shell and exit. The script's generator is imported only here."""
     from snella_app.cli.completion import SHELLS, completion_script
 
     if shell not in SHELLS:
@@ -261,7 +261,7 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     basic = () if owner is None else owner.basic
     purpose = getattr(owner, "purpose", None)
     method_defaults = {} if purpose is None else shown_defaults(purpose)
-    method = {option.name: option.default for option in options}.get("method", "")
+    default_method = {option.name: option.default for option in options}.get("method", "")
     basic_group: Any = parser
     advanced_group: Any = parser
     if basic:
@@ -269,7 +269,7 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
         advanced_group = parser.add_argument_group("advanced options (keep the defaults for a first run)")
     for option in options:
         method_default = method_defaults.get(option.name)
-        text = "" if method_default is None else f" (default with {method}: {method_default})"
+        text = "" if method_default is None else f" (default with {default_method}: {method_default})"
         _add(basic_group if option.name in basic else advanced_group, option, text)
     return parser
 
@@ -282,7 +282,7 @@ def _set_help(parser: ArgumentParser) -> None:
 
 
 def _add(group: Any, option: Option, method_default: str) -> None:
-    """Add one argument to a parser or a group. `method_default` describes the default of the method, or is empty."""
+    """Add one argument to a parser or a group. `method_default` states the method's default value, or is empty."""
     text = option.help.replace("%", "%%")
     default = option.default
     if default is MISSING:
@@ -307,7 +307,7 @@ def _add(group: Any, option: Option, method_default: str) -> None:
 def _rewrite_error(message: str, command: str, options: Sequence[Option], args: Sequence[str]) -> str:
     """Rewrite common jsonargparse errors, e.g. as "--option must be X, got Y", and return other messages unchanged."""
     known = {option.name: option for option in options}
-    # the error of an invalid value, 'Parser key "top_k": ... value: many'
+    # error for an invalid value: 'Parser key "top_k": ... value: many'
     wrong = re.match(r'Parser key "(?:[\w-]+\.)?(\w+)".*value: ([^\n]*)', message, re.DOTALL)
     if wrong and wrong[1] in known:
         option = known[wrong[1]]

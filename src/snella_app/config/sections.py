@@ -1,4 +1,7 @@
-"""Sections of `TrainConfig` besides the data, and base classes of the recipes' sections."""
+"""Sections of `TrainConfig` other than `data`, and base classes for the sections of the recipes.
+
+The recipes are `snella dreambooth` and `snella language`. A budget is the number of weights that an update may change.
+"""
 
 import contextlib
 import dataclasses
@@ -21,7 +24,7 @@ OPTION_SETTINGS = ("r", "target_sparsity", "scaling")
 """Method options that are also settings."""
 DEFAULT_BATCH_SIZE = 32
 SCHEDULE_END = 0.7
-"""Fraction of the epochs after which the budget reaches its target, with early stopping."""
+"""With early stopping, default fraction of the epochs after which the budget reaches its target."""
 _CLASS_WEIGHTS = ("balanced", "none")
 _TIME = r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?"
 
@@ -67,10 +70,10 @@ class BaseMethodConfig(Config):
             rank is more expressive and needs more memory and time.
         target_sparsity: Fraction of the adapted weights that the final update leaves unchanged (snella, snell); 0.7
             changes 30% of them.
-        scaling: Factor on the update (snella, snell and others). Lower it if training diverges, raise it if the
+        scaling: Factor on the update (snella, snell and others). Lower it if training diverges; raise it if the
             accuracy hardly changes.
-        options: More options of the method, e.g. kernel, preset, schedule, min_layer_share for snella; lora_alpha for
-            lora. On the command line: --method-options.kernel rbf.
+        options: More options of the method, e.g. kernel, preset, schedule and min_layer_share for snella; lora_alpha
+            for lora. On the command line: --method-options.kernel rbf.
     """
 
     flat_names: ClassVar = {"name": "method", "options": "method_options"}
@@ -135,7 +138,7 @@ class BaseOptimConfig(Config):
 
     Args:
         lr: Learning rate of the factors (other methods: of all trained weights except the head). Lower it if the loss
-            diverges or is NaN, raise it if the loss decreases slowly.
+            diverges or is NaN; raise it if the loss decreases slowly.
         scalar_lr: Learning rate of the scalar kernel parameters (snella, snell and others); rarely needs tuning.
         weight_decay: Decoupled weight decay; not applied to the scalar kernel parameters.
         max_grad_norm: Maximum norm for gradient clipping; 0 disables it.
@@ -158,8 +161,8 @@ class OptimConfig(BaseOptimConfig):
         epoch_images: Maximum number of training images per epoch, e.g. to validate more often; the next epoch continues
             with the remaining images (with `sampler` shuffle). Defaults to all.
         time_budget: Approximate training time, e.g. 30m or 1h30m. Measures a training step and sets the number of
-            epochs, epoch_images and, unless given, img_size: the largest at which `epochs` epochs fit, but at least
-            half the largest size at which the final head alone fits.
+            epochs, epoch_images and, unless given, img_size: the largest size at which `epochs` epochs fit, but at
+            least half the largest size at which the final head alone fits.
         early_stopping: Stop after N epochs without improvement. With budgets (snella, snell), training continues at
             least until the target sparsity is reached, by default after 70% of the epochs.
         batch_size: Batch size; defaults to 32, or to all images of an epoch if there are fewer. auto selects the
@@ -197,7 +200,7 @@ class OptimConfig(BaseOptimConfig):
             does not lower the validation score. The average is saved unless the best epoch of the run is better. Off by
             default.
         precision: Precision of the training steps and of the features to which heads are fitted: fp32, or autocast with
-            bf16 or (GPU only) fp16. auto selects bf16 on GPUs and CPUs with bfloat16 instructions, otherwise fp32.
+            bf16 or (GPU only) fp16. auto selects bf16 on GPUs and CPUs with bfloat16 instructions; otherwise, fp32.
             Evaluation and prediction use fp32, except for evaluation during fp16 training.
     """
 
@@ -282,7 +285,7 @@ class OptimConfig(BaseOptimConfig):
         return {name: getattr(self, name) for name in names}
 
     def read_class_weights(self) -> dict[str, float] | str | None:
-        """Return `class_weights`, read from its file if it names one.
+        """Return `class_weights`, or the weights in the file that it names.
 
         Raises:
             ValueError: If the file does not exist, or does not contain weights by class name.
@@ -346,7 +349,7 @@ class BaseRunConfig(Config):
 
     Args:
         out: Output folder of the run; created if missing.
-        seed: Seed of splits, initialization, data order, augmentation and dropout.
+        seed: Seed for splits, initialization, data order, augmentation and dropout.
         device: auto (cuda if available, otherwise cpu), or a torch device such as cpu, cuda, cuda:1 or mps.
         resume: Resume the run in `out` from its last checkpoint, with its stored settings.
         overwrite: Replace an existing run in the output folder.

@@ -39,8 +39,8 @@ class RunSettings(Config):
     Attributes:
         required: Required settings of a new run, with example values.
         out_example: Example value of `out`, which is always required.
-        purpose: Key into `Method.recipes`, the defaults of settings that are None; methods without this recipe are
-            rejected. Empty for `snella train`, which uses `Method.defaults`.
+        purpose: Key of the entry of `Method.recipes` that supplies defaults for settings that are None; methods
+            without this entry are rejected. Empty for `snella train`, which uses `Method.defaults`.
     """
 
     required: ClassVar[dict[str, str]] = {}
@@ -93,7 +93,7 @@ class RunSettings(Config):
         return [f"missing required settings: {', '.join(missing)}, e.g. {example}"] if missing else []
 
     def method_errors(self) -> list[str]:
-        """Check that the method has a recipe for this purpose, and scalar parameters if `scalar_lr` is set."""
+        """Check that the method supports this purpose, and has scalar parameters if `scalar_lr` is set."""
         from snella_app.methods import METHODS, parse_method
 
         try:
@@ -175,8 +175,9 @@ class TrainConfig(RunSettings):
     def resolved(self) -> Self:
         """Return a copy with the method's defaults in place of None, and class weights read from their file.
 
-        For methods with budgets, `early_stopping` changes the default of `schedule_end` to 0.7, so that the budget
-        reaches its target before training can stop; a preset in `method_options` keeps its own value.
+        For methods with a budget of weights that may change, `early_stopping` changes the default of `schedule_end` to
+        0.7, so that the budget reaches its target before training can stop; a preset in `method_options` keeps its own
+        value.
 
         Raises:
             ValueError: If the method is `auto`, the `weights` file is missing, the `class_weights` file is missing or
@@ -200,7 +201,7 @@ class TrainConfig(RunSettings):
         return replace(result, method=method, optim=optim)
 
     def errors(self) -> list[str]:
-        """Check settings across sections; loads neither data nor model."""
+        """Check for missing settings and conflicts across sections, without loading the data or the model."""
         init_from = self.model.init_from
         is_started = self.run.resume or init_from is not None
         errors = [*self.missing_errors(is_started=is_started), *self.method_errors(), *self._task_errors()]
@@ -221,7 +222,10 @@ class TrainConfig(RunSettings):
         names = (*OPTION_SETTINGS, "lr", "scalar_lr", "head_lr", "weight_decay", "method_options", "folds", "fold")
         values = self.flat()
         given = [f"{name} {value}" for name in names if (value := values[name]) not in (None, {})]
-        errors = [f"{text} needs a specific method, got method 'auto'; set a method or leave it out" for text in given]
+        errors = [
+            f"{text} needs a specific method, got method 'auto'; set a method or leave the setting out"
+            for text in given
+        ]
         if self.data.task == "segmentation":
             errors.append("method must be a specific method for task 'segmentation', got 'auto'")
         return errors
@@ -264,7 +268,7 @@ class TrainConfig(RunSettings):
         """Check the settings of a run that starts from another run."""
         errors = []
         if self.optim.head_init == "probe":
-            errors.append("head_init must not be probe with init_from, which loads a trained head; leave it out")
+            errors.append("head_init must not be probe with init_from, which loads a trained head; leave head_init out")
         if self.data.folds is not None and self.data.fold is None:
             errors.append("init_from does not support folds; start from the run of one fold, OUT/fold-1")
         if self.run.out is not None and Path(self.run.out).resolve() == Path(init_from).resolve():
@@ -289,9 +293,9 @@ class TrainConfig(RunSettings):
 
 
 def command_line(settings: RunSettings, default: RunSettings, command: str) -> str:
-    """Return the command line of `command`, without `UNSTORED_FIELDS` and settings that are None or as in `default`.
+    """Return the command line of `command`, without `UNSTORED_FIELDS` and settings that are None or equal `default`.
 
-    Settings that differ from the preset of `settings` are included even if they are as in `default`.
+    Settings that differ from the preset of `settings` are included even if they equal those in `default`.
     """
     args = ["snella", command]
     defaults = default.flat()

@@ -72,14 +72,14 @@ class Inspection:
         for name, part in self.parts.items():
             outside = sorted({label for label in part.labels if not 0 <= label < count})
             if outside:
-                self.errors.append(f"labels must be in 0 … {count - 1}, {name} has {listed(map(str, outside))}")
+                self.errors.append(f"labels must be in 0 … {count - 1}; {name} has {listed(map(str, outside))}")
         present = {label for part in self.parts.values() for label in part.labels if 0 <= label < count}
         absent = [str(label) for label in range(count) if label not in present]
         if present and absent:
             self.deviations.append(f"{count} classes must have images, got {len(present)}; missing: {listed(absent)}")
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
-        """Record splits with a different number of images than the benchmark."""
+        """Record lists with a different number of images than in the benchmark."""
         self.deviations += [
             f"{name} must have {size:,} images, got {len(self.parts[name]):,}"
             for name, size in sizes.items()
@@ -87,10 +87,10 @@ class Inspection:
         ]
 
     def check_overlap(self, first: str, second: str) -> None:
-        """Record images shared by two splits, if both exist: the same file or identical files.
+        """If both splits exist, record the images that they share: the same file or identical files.
 
-        Some benchmarks contain a few copies under other names (e.g. symmetric rendered shapes), so copies of up to 5%
-        of the second split are reported as notes, not as errors.
+        Some benchmarks contain a few identical files under different names (e.g. symmetric rendered shapes). Such files
+        are a note instead of an error if they make up at most 5% of the second split.
 
         Args:
             first: Training or validation split.
@@ -98,17 +98,20 @@ class Inspection:
         """
         if first not in self.parts or second not in self.parts:
             return
-        train, other = self.parts[first], self.parts[second]
-        common = sorted(set(file_paths(train).values()) & set(file_paths(other).values()))
+        first_images, second_images = self.parts[first], self.parts[second]
+        common = sorted(set(file_paths(first_images).values()) & set(file_paths(second_images).values()))
         if common:
             names = listed(path.name for path in common)
             self.errors.append(f"{counted(len(common), 'image')} in both {first} and {second}: {names}")
             return
-        originals = equal_files(train, other, self.digest_of)
-        copies = [f"{other.names[copy]} = {train.names[original]}" for copy, original in originals.items()]
+        originals = equal_files(first_images, second_images, self.digest_of)
+        copies = [
+            f"{second_images.names[copy]} = {first_images.names[original]}" for copy, original in originals.items()
+        ]
         if copies:
-            records = self.errors if len(copies) > _MAX_COPIES * len(other) else self.notes
-            records.append(f"{len(copies)} of {len(other)} images of {second} with copies in {first}: {listed(copies)}")
+            total = len(second_images)
+            records = self.errors if len(copies) > _MAX_COPIES * total else self.notes
+            records.append(f"{len(copies)} of {total} images of {second} with copies in {first}: {listed(copies)}")
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class BenchmarkDataset:
 
 @dataclass(frozen=True)
 class BenchmarkFamily:
-    """Benchmark: names, folders and reader of its datasets.
+    """Benchmark, with the names, folders and reader of its datasets.
 
     Attributes:
         prefix: Prefix of data specifications, as in `vtab:PATH`.
@@ -192,8 +195,8 @@ class BenchmarkFamily:
 
         Raises:
             FileNotFoundError: If the folder does not exist.
-            ValueError: If the name is not a dataset, or `read` finds errors or, with `strict_sizes`, deviations. One
-                message lists all of them.
+            ValueError: If the name is not that of a dataset, or `read` finds errors or, with `strict_sizes`,
+                deviations. One message lists all of them.
         """
         spec = f"{self.prefix}:{path}"
         requested = expand_user(path)
@@ -254,7 +257,7 @@ VTAB_TASKS: dict[str, BenchmarkDataset] = {
         BenchmarkDataset("smallnorb_ele", 9, (800, 200, 12_150), group="structured"),
     )
 }
-"""VTAB-1k tasks in the order of the paper's Table XIII."""
+"""VTAB-1k tasks in the order of Table XIII of the SNELLA paper."""
 
 
 def inspect_vtab(folder: Path, task: BenchmarkDataset) -> Inspection:
@@ -273,7 +276,7 @@ def inspect_vtab(folder: Path, task: BenchmarkDataset) -> Inspection:
     missing = [f"{name}.txt" for name in _VTAB_PARTS if name not in parts]
     inspection.check_missing(missing, _VTAB_LAYOUT)
     if joined is not None and not missing and joined.labels != parts["train800"].labels + parts["val200"].labels:
-        inspection.errors.append(f"{_JOINED}.txt must list the labels of train800.txt, then of val200.txt")
+        inspection.errors.append(f"{_JOINED}.txt must list the labels of train800.txt, then those of val200.txt")
     inspection.check_labels(task.classes)
     train, val, test = task.sizes
     inspection.check_sizes({"train800": train, "val200": val, _JOINED: train + val, "test": test})
@@ -283,7 +286,7 @@ def inspect_vtab(folder: Path, task: BenchmarkDataset) -> Inspection:
 
 
 def _read_list(inspection: Inspection, name: str) -> None:
-    """Read the lines `images/SPLIT/NAME LABEL` of a list, and record malformed lines as an error."""
+    """Add a list with the lines `images/SPLIT/NAME LABEL`, and record malformed lines as an error."""
     content = (inspection.folder / f"{name}.txt").read_text(encoding="utf-8-sig", errors="replace")
     files = []
     labels = []
@@ -299,7 +302,7 @@ def _read_list(inspection: Inspection, name: str) -> None:
             malformed.append(f"line {number} is {line.strip()!r}")
     if malformed:
         inspection.errors.append(
-            f"{name}.txt must have lines like 'images/test/000000.jpg 3', malformed lines ({len(malformed)}): "
+            f"{name}.txt must have lines such as 'images/test/000000.jpg 3'; malformed lines ({len(malformed)}): "
             f"{listed(malformed)}"
         )
     elif not files:
@@ -337,14 +340,14 @@ FGVC_DATASETS: dict[str, BenchmarkDataset] = {
         BenchmarkDataset("stanfordcar", 196, (7329, 815, 8041), aliases=("stanfordcars", "StanfordCars")),
     )
 }
-"""FGVC datasets in the order of the paper's Table I."""
+"""FGVC datasets in the order of Table I of the SNELLA paper."""
 
 
 def inspect_fgvc(folder: Path, dataset: BenchmarkDataset) -> Inspection:
     """Read and check the lists of one dataset in its folder.
 
-    Class IDs are indexed over all lists, because a list that lacks a class would shift later indices.
-    Without `train.json`, `trainval.json` is used and `val.json` is ignored.
+    Class indices are assigned over all lists together, because a class missing from one list would shift the indices of
+    that list. If there is `trainval.json` but no `train.json`, it replaces `train.json` and `val.json`.
     """
     inspection = Inspection(dataset.name, folder)
     files = {name: folder / f"{name}.json" for name in _FGVC_PARTS}
@@ -392,14 +395,14 @@ def _read_object(file: Path, errors: list[str]) -> dict[str, int]:
     ]
     if invalid:
         errors.append(
-            f"{file.name} must map each image to an integer, invalid entries ({len(invalid)}): {listed(invalid)}"
+            f"{file.name} must map each image to an integer; invalid entries ({len(invalid)}): {listed(invalid)}"
         )
         return {}
     return {path: int(label) for path, label in content.items()}
 
 
 def _folder_names(ids: list[int], parts: list[ImageDataset]) -> list[str]:
-    """Return the names of the image folders if each class has a separate folder, otherwise the IDs."""
+    """Return the names of the image folders if each class has a separate folder; otherwise, the IDs."""
     folders: list[set[str]] = [set() for _ in ids]
     for part in parts:
         for file, label in zip(part.names, part.labels, strict=True):

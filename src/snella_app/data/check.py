@@ -1,4 +1,4 @@
-"""Validate data before training, and the folders of the benchmarks VTAB-1k and FGVC."""
+"""Check data before training, and validate the folders of the benchmarks VTAB-1k and FGVC."""
 
 import difflib
 import re
@@ -37,7 +37,7 @@ class BenchmarkCheck:
         inspections: Results for the existing datasets.
         missing: Names of missing datasets.
         layout: Expected folder layout.
-        unexpected: Unknown folders with the nearest dataset name.
+        unexpected: Unknown folders with a name similar to a missing dataset, each with the name of that dataset.
     """
 
     title: str
@@ -141,7 +141,7 @@ def _subfolders(root: Path) -> list[Path]:
 
 
 def _benchmarks_in(*folders: Path) -> list[tuple[BenchmarkFamily, Path]]:
-    """Return the benchmarks with at least one dataset in one of the folders."""
+    """Return each benchmark with each of the folders that contains at least one of its datasets."""
     return [(family, path) for family in _FAMILIES for path in folders if family.has_datasets(path)]
 
 
@@ -181,7 +181,7 @@ _GENERIC = (
     *("new folder", "untitled folder", "untitled", "neuer ordner", "unsorted", "misc", "temp", "tmp", "backup", "old"),
     *("thumbs", "thumbnails", "images", "photos", "pictures", "__macosx", "train", "val", "test", "validation"),
 )
-"""Names in lower case of folders that are probably not classes."""
+"""Lowercase names of folders that are probably not classes."""
 _COPY = re.compile(r"(\bcopy\b|\(\d+\)$|- kopie$)", re.IGNORECASE)
 """Pattern of names that file managers give to copies."""
 _BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_])[\s_-]+(?=[^\W\d_])")
@@ -264,10 +264,10 @@ def check_data(spec: str, config: DataConfig | None = None, *, target: TargetKin
         target: As for `load_data`.
 
     Raises:
-        ValueError: If the data cannot be loaded, e.g. a column is missing.
+        ValueError: If the data cannot be loaded, e.g. because a column is missing.
         FileNotFoundError: If the data does not exist.
         ImportError: If a required package is not installed.
-        ConnectionError: If a dataset of the Hugging Face Hub is not cached and the Hub is unreachable.
+        ConnectionError: If a dataset on the Hugging Face Hub is not cached and the Hub is unreachable.
     """
     config = config or DataConfig()
     skipping = replace(config, skip_corrupt=True)
@@ -320,7 +320,7 @@ def _label_counts(splits: DataSplits) -> dict[str, dict[str, int]]:
 
 
 def _ranges(splits: DataSplits) -> dict[str, tuple[float, float, float]]:
-    """Return minimum, median and maximum of each target over all splits, or nothing for images with masks."""
+    """Return the minimum, median and maximum of each target over all splits; empty for images with masks."""
     targets = [target for images in splits.parts.values() for target in images.annotations.targets or []]
     if not targets:
         return {}

@@ -28,7 +28,7 @@ _SEPARATORS = ("|", ";", ",")
 _TRUE = ("1", "1.0", "true", "yes")
 _FALSE = ("0", "0.0", "false", "no", "", "-1")
 _BINS = 10
-"""Maximum number of strata of numbers, and minimum number of rows per stratum on average."""
+"""Maximum number of strata for numeric targets, and minimum average number of rows per stratum."""
 _FEW_CLASSES = 20
 """Number of classes that is accepted however few images there are."""
 _MIN_IN_STRATUM = 3
@@ -96,8 +96,8 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
         target: Content of the label column.
 
     Raises:
-        ValueError: If rows are unusable without `skip_corrupt`, splits are unknown, there are no training images in
-            total or for a class, all training weights are 0, or labels do not match `target`.
+        ValueError: If rows are unusable and `skip_corrupt` is not set, splits are unknown, there are no training images
+            in total or for a class, all training weights are 0, or labels do not match `target`.
         ImportError: If tifffile is required but not installed.
     """
     split_names = _split_names(samples)
@@ -126,7 +126,7 @@ def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -
     rows = _drop_duplicates(rows, samples, split_names, values, notes)
     if not rows:
         reason = f"all are unusable: {_broken_text(broken, samples)}" if broken else f"got {len(samples.names)} rows"
-        raise ValueError(f"{samples.where} has no images to train on, {reason}")
+        raise ValueError(f"{samples.where} has no images to train on; {reason}")
     indices, classes, strata = _labels(rows, samples, values, target)
     problems: list[str] = []
     if target == "class":
@@ -248,7 +248,7 @@ def _numbers(samples: Samples) -> tuple[list[Target], dict[int, str]]:
     if broken and len(broken) == len(values):
         names = " and ".join(map(repr, samples.label_columns))
         raise ValueError(
-            f"{samples.where}: column {names} must contain numbers for task regression, got "
+            f"{samples.where}: column {names} must contain numbers for the regression task, got "
             f"{format_value(samples.labels[0])!r} in row 1 and no number in any "
             f"of {len(values)} rows; select another column with --columns label=NAME, or remove --task regression"
         )
@@ -327,7 +327,7 @@ def _parsed_list(value: Any) -> Any:
 def _multi_hot_names(values: Sequence[Any], classes: Sequence[str] | None) -> Sequence[str] | None:
     """Return the class names, or indices as names, if all values are 0/1 lists of equal length.
 
-    Returns None for all other values.
+    Returns None otherwise.
     """
     is_list = all(isinstance(value, list | tuple) and len(value) > 1 for value in values)
     if not is_list or len({len(value) for value in values}) != 1:
@@ -416,7 +416,7 @@ def _check_classes(
     problems = []
     if len(classes) < 2:
         problems.append(
-            f"{samples.where}: at least two classes are required, column {samples.label_columns[0]!r} has one: "
+            f"{samples.where}: at least two classes are required; column {samples.label_columns[0]!r} has one: "
             f"{classes[0]!r}"
         )
     present = sorted({indices[row] for row in rows})
@@ -447,7 +447,7 @@ def _drop_duplicates(
 ) -> list[int]:
     """Return the rows without those that repeat an image and its label within a split, and add notes.
 
-    Rows that repeat an image with another label are kept. A second note lists them.
+    Rows that repeat an image with a different label are kept and listed in a note.
     """
     kept: dict[tuple[str, str], list[int]] = {}
     unique = []

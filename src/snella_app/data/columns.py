@@ -26,7 +26,7 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
         *("video", "videoid", "scene", "sceneid"),
     ),
 }
-"""Column names by role, lower case without spaces, `_`, `-` and `.`, most likely first."""
+"""Column names by role, most likely first, in lowercase and without spaces, `_`, `-` and `.`."""
 _ROOT = "root"
 _NONE = "none"
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
@@ -39,8 +39,8 @@ class Columns:
     Attributes:
         names: Column name by role (path, label, split, weight, group). Several label columns are joined by `+`, and
             `none` means no column. A path may be a template, e.g. `train/{id}.jpg`.
-        root: Base folder of relative paths, `root=FOLDER`; None uses the folder of the data. Rows of Parquet files and
-            Hugging Face datasets may only reference files below it.
+        root: Base folder of relative paths, `root=FOLDER`; None uses the folder of the data. Rows of Parquet files and,
+            if `root` is set, of Hugging Face datasets may only reference files below this folder.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Columns:
             if role not in roles or not sign or not name:
                 hint = nearest(role, roles) if role not in roles else ""
                 raise ValueError(
-                    f"columns must be ROLE=NAME pairs like path=file,label=species with roles {', '.join(roles)}, "
+                    f"columns must be ROLE=NAME pairs such as path=file,label=species with roles {', '.join(roles)}, "
                     f"got {entry!r}{hint}"
                 )
             if role in names:

@@ -16,9 +16,9 @@ from snella_app.text import listed
 _MIN_CORRELATION = 0.995
 """Minimum correlation of the thumbnails of near-duplicates."""
 _MAX_DISTANCE = 3.0
-"""Maximum root mean square difference of the thumbnails of near-duplicates, of 255."""
+"""Maximum root mean square difference of the thumbnails of near-duplicates, on a scale from 0 to 255."""
 _FLAT = 2.0
-"""Standard deviation up to which a thumbnail is flat. Different images can have equal flat thumbnails."""
+"""Standard deviation up to which a thumbnail counts as flat. Different images can have equal flat thumbnails."""
 _CHUNK = 1024
 """Number of images that are compared with all training images at once."""
 _MAX_PAIRS = 2_000_000_000
@@ -27,11 +27,11 @@ _MAX_PAIRS = 2_000_000_000
 def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> list[str]:
     """Return warnings about images in the named splits that copy training images, even if re-encoded or resized.
 
-    Only for image files, the warnings distinguish equal from re-encoded or resized copies.
+    The warnings tell identical copies from re-encoded or resized ones only if the copies are image files.
     """
     train = parts["train"]
     digest_of = cache(sha256_of)
-    notes = []
+    messages = []
     for name, part in ((name, parts[name]) for name in names if name in parts):
         equal = equal_files(train, part, digest_of)
         files = file_paths(part)
@@ -43,11 +43,11 @@ def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> li
             reencoded = sum(position in files for position in copies) - len(equal)
             kind = f" ({reencoded} of them re-encoded or resized)" if reencoded else ""
             duplicate = "is also a training image" if len(copies) == 1 else "are also training images"
-            notes.append(
+            messages.append(
                 f"{len(copies)} of {len(part)} {name} images {duplicate}{kind}, e.g. {listed(examples)}; "
                 f"{name} results are optimistic; remove the copies from one split"
             )
-    return notes
+    return messages
 
 
 def equal_files(train: ImageDataset, others: ImageDataset, digest_of: Callable[[Path], str]) -> dict[int, int]:
@@ -69,9 +69,9 @@ def equal_files(train: ImageDataset, others: ImageDataset, digest_of: Callable[[
 
 
 def _match(keys: Sequence[Mapping[int, Any]], digest: Callable[[int, int], Any]) -> dict[int, int]:
-    """Match positions of two datasets with equal keys and digests.
+    """Return the position in the first dataset with the same digest, by position in the second dataset.
 
-    `keys` are cheap to compare. Digests are computed only for keys found in both datasets.
+    `keys` are cheap to compare. Digests are computed only at positions whose key occurs in both datasets.
     """
     shared = set(keys[0].values()) & set(keys[1].values())
     digests: list[dict[int, Any]] = []
@@ -98,8 +98,9 @@ def find_duplicates(images: ImageDataset) -> list[list[int]]:
 def find_equal_images(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
     """Find images with the same pixels as a training image.
 
-    Inspected images must also have equal stored sizes and thumbnails. Large JPEGs are inspected at a lower resolution
-    and may be stored rotated, so their copies in other formats are left to `find_near_copies`.
+    If all images were inspected, only those whose stored size and thumbnail occur in both datasets are compared. Large
+    JPEGs are inspected at a lower resolution and may be stored rotated, so their copies in other formats are left to
+    `find_near_copies`.
 
     Returns:
         Position of the training image by position in `others`.
@@ -124,8 +125,8 @@ def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int
     """Find near-duplicates of training images: re-encoded, resized or compressed copies.
 
     Two images match if their 16×16 gray thumbnails have a correlation ≥ 0.995 and a root mean square difference
-    ≤ 3 (of 255). Flat images and images that were not inspected are ignored. With more than 2 billion pairs, the result
-    is empty.
+    ≤ 3 (on a scale from 0 to 255). Flat images and images that were not inspected are ignored. With more than 2 billion
+    pairs, the result is empty.
 
     Returns:
         Position of the most similar matching training image by position in `others`.

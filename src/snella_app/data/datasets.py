@@ -1,4 +1,4 @@
-"""Torch datasets of labeled images, whose augmentation is seeded by (seed, epoch, image)."""
+"""Torch datasets of labeled images, whose augmentation is seeded by (seed, epoch, index)."""
 
 import hashlib
 import struct
@@ -25,7 +25,7 @@ Target = str | float | tuple[str, ...] | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Annotations:
-    """Raw label values, sample weights and groups, with one entry per image. Columns that are absent are None.
+    """Raw label values, sample weights and groups, with one entry per image. Absent columns are None.
 
     Attributes:
         targets: Values of the label column: class name (`str`), number, label names (tuple of `str`), or numbers of
@@ -131,7 +131,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return image.copy() if image.mode == "RGB" else to_rgb(image)
 
     def content_digest(self) -> str:
-        """Return the SHA-256 of the raw content (file bytes or pixels) of all images, and their masks, in order."""
+        """Return the SHA-256 of the raw content (file bytes or pixels) of all images and any masks, in order."""
         total = hashlib.sha256()
         for row in self.rows:
             for source in self._sources():
@@ -143,13 +143,13 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return [self.source]
 
     def with_transform(self, transform: Callable[..., Any] | None) -> Self:
-        """Return a copy with another transform. It shares the cached images."""
+        """Return a copy with a different transform. The copy shares the cached images."""
         dataset = self._copy()
         dataset.transform = transform
         return dataset
 
     def with_targets(self, encode: Callable[[Target], Any] | None = None, *, is_weighted: bool = False) -> Self:
-        """Return a copy with other targets.
+        """Return a copy with different targets.
 
         Args:
             encode: Maps the label-column value to the target; None uses the class index. Must be picklable.
@@ -227,7 +227,7 @@ def known_metadata(images: ImageDataset) -> dict[int, ImageMetadata]:
 
 
 def file_paths(images: ImageDataset) -> dict[int, Path]:
-    """Return the file of each image by position, without the images that are not files."""
+    """Return the file of each image by position, leaving out images that are not files."""
     locations = [locate(images.source, row) for row in images.rows]
     return {
         position: source.paths[row]
@@ -244,7 +244,7 @@ class MaskDataset(ImageDataset):
     Args:
         source: Source of the images.
         masks: Source of the masks, with the same rows.
-        rows: Selected rows of the source, in order.
+        rows: Selected rows of both sources, in order.
         names: Name of each selected image.
     """
 
@@ -271,7 +271,7 @@ class MaskDataset(ImageDataset):
 
 
 def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageDataset]:
-    """Return copies with another `Reading.side`. Splits that share a source still do.
+    """Return copies of splits with a different `Reading.side`. Splits that share a source still do.
 
     Splits with masks are returned unchanged.
     """
@@ -288,7 +288,7 @@ def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageD
 
 
 def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
-    """Concatenate two datasets without transforms, of which both or neither have masks."""
+    """Concatenate two datasets, of which both or neither have masks. The result has no transform."""
     boundary = 1 + max(first.rows, default=-1)
     rows = [*first.rows, *(boundary + row for row in second.rows)]
     names = [*first.names, *second.names]
@@ -313,7 +313,7 @@ class Collection:
         notes: Notes for the user: skipped files, choices, licenses.
         strata: Names of image labels if they differ from the classes, e.g. for images with masks.
         is_resized_whole: If True, images are resized without a center crop.
-        official_joins_val: True if the authors' scripts also train on the validation split.
+        official_joins_val: True if the scripts of SNELLA's authors also train on the validation split.
         broken: Reason why each skipped image is unusable, by name.
         problems: Reasons why the data cannot be used for training, only for evaluation.
     """

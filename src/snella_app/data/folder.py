@@ -20,10 +20,10 @@ PARTS = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
     **{"val": "val", "validation": "val", "valid": "val", "dev": "val"},
 }
-"""Splits by accepted name, lower case."""
+"""Splits by accepted name, in lowercase."""
 _TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 _METADATA = "metadata.jsonl"
-"""Name of the only JSON table that Hugging Face datasets reads in an image folder."""
+"""Name of the only JSON table that the `datasets` library reads in an image folder."""
 _LAYOUT = "the expected layout is PATH/class/image.jpg"
 _Files = dict[str, list[Path]]
 
@@ -31,9 +31,9 @@ _Files = dict[str, list[Path]]
 def load_folder(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """Load the images of a folder with one subfolder per class.
 
-    The folder has splits if it contains a folder `train` with class folders. Every file is decoded once to find broken
-    files before training. Hidden files are ignored, and files of other types are skipped with a note. Images in nested
-    folders belong to their class folder.
+    The folder has splits if it contains a folder `train` or `training` with class folders. Every image file is decoded
+    once to find broken files before training. Hidden files are ignored, and files of other types are skipped with a
+    note. Images in nested folders belong to the enclosing class folder.
     """
     root = existing_folder(path)
     folders = _split_folders(root)
@@ -82,7 +82,7 @@ def broken_note(broken: Mapping[str, str], count: int, folder: str | Path, skip_
 def existing_folder(
     path: str, family: str = "folder", content: str = "with one folder per class, PATH/class/image.jpg"
 ) -> Path:
-    """Resolve the folder in a specification like `folder:PATH`.
+    """Resolve the folder in a specification such as `folder:PATH`.
 
     Args:
         path: Path as typed.
@@ -91,7 +91,7 @@ def existing_folder(
 
     Raises:
         FileNotFoundError: If the folder does not exist. The message suggests similar names.
-        ValueError: If the path is empty or a file.
+        ValueError: If the path is empty or is a file.
     """
     if not path.strip():
         raise ValueError(
@@ -131,7 +131,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def _skipped_notes(root: Path, folders: dict[str, Path], others: Counter[str]) -> list[str]:
-    """Return notes about other files, images outside class folders, and folders that are not splits."""
+    """Return notes about files that are not images, images outside class folders, and folders that are not splits."""
     notes = []
     if others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
@@ -180,8 +180,8 @@ def _class_files(folder: Path, others: Counter[str]) -> _Files:
 def walk_visible(folder: Path, *, root: Path | None = None) -> Iterator[Path]:
     """Iterate over all visible files below a folder, sorted by name.
 
-    With `root` (the folder of the dataset), links to folders outside it are followed, each target once. Without it, no
-    links are followed.
+    Links to folders are followed only with `root` (the folder of the dataset), each target once, and only if the target
+    is outside `root` and does not contain it.
     """
     top = None if root is None else os.path.realpath(root)
     visited = set()
@@ -248,7 +248,7 @@ def _no_classes_error(folder: Path, root: Path) -> str:
 
 
 def _table_hint(*folders: Path) -> str:
-    """Return a hint for a label table next to the images, or an empty text without one."""
+    """Return a hint about a label table next to the images; empty if there is none."""
     files = (child for folder in folders for child in sorted(folder.iterdir()))
     table = next((file for file in files if file.suffix in _TABLES or file.name == _METADATA), None)
     if table is None:

@@ -42,10 +42,10 @@ from snella_app.text import first_line, listed, similar_paths
 PYTHON_PREFIX = "python:"
 """Prefix under which a run records a dataset object, which cannot be loaded by name."""
 _IMAGE = "<image>"
-"""Value of the image columns in the table of a dataset, whose images are not read into memory."""
+"""Placeholder for each image in the table of a dataset, because images are not read into memory."""
 _KEY = "__key__"
 _URL = "__url__"
-"""Column that `datasets` adds to the samples of a shard: its path. `_KEY` is the name of a sample."""
+"""Columns that `datasets` adds to the samples of a shard: the name of the sample, and the path of the shard."""
 
 
 def load_hf(path: str, config: DataConfig, target: TargetKind) -> Collection:
@@ -82,10 +82,10 @@ def load_hf(path: str, config: DataConfig, target: TargetKind) -> Collection:
 def load_wds(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """Load the images of WebDataset shards: a folder, a pattern (`train-*.tar`) or a range (`train-{000..009}.tar`).
 
-    Files of a sample share the name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or `0001.json` with
-    the label. File extensions and JSON keys become columns, e.g. `label=json.species`. A shard whose name starts with
-    `train`, `val`, `test` or a synonym belongs to that split, all others to `train`. Images are named by key, prefixed
-    with the shard's path if the shards of a split repeat a key.
+    Files of a sample share a key, the name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or `0001.json`
+    with the label. File extensions and JSON keys become columns, e.g. `label=json.species`. A shard whose name starts
+    with `train`, `val`, `test` or a synonym belongs to that split; all others belong to `train`. Images are named by
+    key, prefixed with the shard's path if the shards of a split repeat a key.
     """
     if not path.strip():
         raise ValueError("data must name shards after 'wds:', got 'wds:'; write wds:FOLDER or wds:train-{000..009}.tar")
@@ -122,7 +122,7 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
     for part_name, part in parts.items():
         if not (hasattr(part, "__len__") and hasattr(part, "__getitem__")):
             raise TypeError(
-                f"data must be a specification like folder:photos, or map-style datasets of (image, label) items, "
+                f"data must be a specification such as folder:photos, or map-style datasets of (image, label) items, "
                 f"got {type(part).__name__}{f' for {part_name}' if isinstance(data, Mapping) else ''}"
             )
     if all(hasattr(part, "features") and hasattr(part, "column_names") for part in parts.values()):
@@ -208,7 +208,7 @@ class _HubImages(CachedImages):
         return self._bytes(self.rows[row][self.column])
 
     def _bytes(self, item: Any) -> bytes:
-        """Return the bytes of an image from the column or the file it references; raise ValueError without either."""
+        """Return the bytes of an image from its column or referenced file; raise ValueError if there is neither."""
         if item is None or (item["bytes"] is None and item["path"] is None):
             raise ValueError("no image")
         if item["bytes"] is not None:
@@ -266,7 +266,7 @@ def _pil_image(item: Any) -> Image.Image:
 def _labels_of(part: Any) -> tuple[list[Any], dict[int, str]]:
     """Return the labels of a torch dataset and, by row, the errors of unreadable items.
 
-    A label list of the dataset is preferred to the labels of its items.
+    A label list of the dataset is preferred to the labels of its items unless the dataset has a `target_transform`.
     """
     broken: dict[int, str] = {}
     attributes: Iterator[Any] = (getattr(part, name, None) for name in ("targets", "labels", "_labels"))
@@ -329,8 +329,8 @@ def _from_hf(
         columns = Columns({"path": image_columns[0], **columns.names})
     roles = columns.resolve(table, ("path", "label"), where)
     if roles["path"] not in image_columns:
-        first_value = table.get(roles["path"], [])[:1]
-        raise ValueError(f"{where}: column {roles['path']!r} must contain images, got {first_value}")
+        first_values = table.get(roles["path"], [])[:1]
+        raise ValueError(f"{where}: column {roles['path']!r} must contain images, got {first_values}")
     part_names = [part for part, rows in parts.items() for _ in range(len(rows))]
     replaces_splits = columns.names.get("split") is not None  # by a column, or by new splits for `none`
     if len(parts) > 1 and not replaces_splits:
@@ -355,7 +355,7 @@ def _from_hf(
 
 
 def _values(rows: Any, image_columns: Sequence[str]) -> dict[str, list[Any]]:
-    """Return all columns except images, with names for class indices, and mappings as columns like `json.label`."""
+    """Return all columns except images, with names for class indices, and mappings as columns such as `json.label`."""
     table: dict[str, list[Any]] = {}
     try:
         columns = rows.remove_columns(list(image_columns)).to_dict()
@@ -376,7 +376,7 @@ def _values(rows: Any, image_columns: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _class_names(kind: Any) -> list[str] | None:
-    """Return the class names of a column of class indices or lists of indices, and None for other columns."""
+    """Return the class names of a column of class indices or lists of indices, or None for other columns."""
     names = getattr(kind, "names", None) or getattr(getattr(kind, "feature", None), "names", None)
     return None if names is None else [str(name) for name in names]
 

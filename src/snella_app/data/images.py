@@ -31,8 +31,8 @@ IMAGE_SUFFIXES = (
     *(".gif", ".ppm", ".pgm", ".pbm", ".avif"),
 )
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
-"""Formats that Pillow may decode, regardless of the file name; pillow-heif adds HEIF. EPS is excluded because it
-starts Ghostscript."""
+"""Formats that Pillow may decode, regardless of the file name; pillow-heif adds HEIF. EPS is excluded because
+decoding it starts Ghostscript."""
 _MAX_VALUES = 8 * (Image.MAX_IMAGE_PIXELS or 2**27)
 """Maximum number of values in an array file or a TIFF file read by tifffile. Pillow limits other images itself."""
 _STARTS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")
@@ -43,7 +43,7 @@ _NUMPY_START = b"\x93NUMPY"
 _REDUCIBLE = ("L", "RGB", "CMYK", "YCbCr")
 """Pillow modes with values that can be averaged."""
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Modes of 8-bit images by number of channels; images with another number of channels are arrays."""
+"""Modes of 8-bit images by number of channels; images with a different number of channels are arrays."""
 _THUMBNAIL_SIDE = 16
 _DRAFT = (256, 256)
 """Minimum size to which JPEGs are scaled down while they are inspected, which saves time."""
@@ -75,8 +75,9 @@ class ImageMetadata:
         format: File format, e.g. JPEG, or `array` for an image decoded as an array. Empty if Pillow names no format,
             e.g. for images that are not files.
         has_pages: True if the file has several pages or frames.
-        thumbnail: The image reduced to 16×16 gray values, uint8. Re-encoded and resized copies have nearly equal ones.
-        brightest: Largest value of a 16-bit grayscale image or uint16 array as a fraction of white, otherwise None.
+        thumbnail: The image reduced to 16×16 gray values, uint8. Thumbnails of re-encoded and resized copies are nearly
+            equal.
+        brightest: Largest value of a 16-bit grayscale image or uint16 array as a fraction of white; None for others.
     """
 
     size: tuple[int, int]
@@ -104,14 +105,15 @@ def read_image(path: str | Path, reading: Reading = RGB) -> Any:
         uint8, or float32 in [0, 1], where 16-bit values are fractions of white.
 
     Raises:
-        ValueError: If the file is not an image, is truncated, has unsupported values or another number of channels.
+        ValueError: If the file is not an image or is truncated, or has unsupported values or the wrong number of
+            channels.
         ImportError: If tifffile is required but not installed.
     """
     return decode_image(path, str(path), reading)
 
 
 def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
-    """Decode a file or byte stream like `read_image`; `name` identifies it in messages."""
+    """Decode a file or byte stream as in `read_image`; `name` identifies it in messages."""
     with _image_errors(name, file):
         check_regular(file)
         if reading.channels not in PILLOW_MODES:
@@ -130,7 +132,7 @@ def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
 def _reduction(image: Image.Image, reading: Reading) -> int:
     """Return the largest integer factor that leaves the shorter side at least `reading.side`.
 
-    Returns 1 without a side, or for a smaller image.
+    Returns 1 if there is no `side` or the image is smaller.
     """
     return 1 if reading.side is None else max(1, min(image.size) // reading.side)
 
@@ -217,7 +219,7 @@ def open_image(file: File) -> Image.Image:
 
 
 def _load_npy(file: File) -> np.ndarray:
-    """Read an array file, but first reject non-numeric or too many values by its header."""
+    """Read an array file after checking its header for values that are not numeric or too many."""
     array_pixels(file)
     return np.load(file, allow_pickle=False)
 
@@ -282,14 +284,14 @@ def _read_array(file: File, channels: int) -> np.ndarray:
         raise ValueError(f"the image must have {channels} channels, got an array of {list(values.shape)}")
     if values.shape[0] != channels:
         values = np.moveaxis(values, -1, 0)
-    # torch rejects arrays in another byte order
+    # torch rejects arrays in a different byte order
     return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def _array_tensor(values: np.ndarray, white: int) -> Tensor:
     """Convert an array to a tensor of dtype uint8, or float32 in [0, 1].
 
-    uint16 values become fractions of `white`, at most 1. Other integers and floats outside [0, 1] raise ValueError.
+    uint16 values become fractions of `white`, at most 1. Other integers, and floats outside [0, 1], raise ValueError.
     """
     if values.dtype == np.uint8:
         return torch.from_numpy(np.ascontiguousarray(values))
@@ -308,7 +310,7 @@ def array_pixels(file: File) -> int:
     """Return the number of values in a TIFF or array file from its header, and rewind a stream.
 
     Raises:
-        ValueError: If the file has neither format or is damaged, or its values are not numeric or too many.
+        ValueError: If the file has neither format or is damaged, or its values are not numeric or are too many.
         ImportError: If tifffile is required but not installed.
     """
     try:
@@ -350,7 +352,7 @@ def _shape_and_dtype(tiff: Any) -> tuple[tuple[int, ...], Any]:
 
 
 def _check_values(shape: tuple[int, ...], dtype: Any) -> None:
-    """Raise ValueError unless the values are numeric and at most `_MAX_VALUES`."""
+    """Raise ValueError unless the values are numeric and there are at most `_MAX_VALUES` of them."""
     if dtype is None or dtype.kind not in "uif":
         raise ValueError(f"values must be numeric, got {dtype}")
     if math.prod(shape) > _MAX_VALUES:
@@ -368,13 +370,13 @@ def _import_tifffile() -> Any:
 
 
 def first_channels(image: Tensor) -> Tensor:
-    """Return the first three channels for display, or the first one repeated, `[3, height, width]`."""
+    """Return three channels for display, `[3, height, width]`: the first three, or the first one repeated."""
     shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     return shown.as_subclass(Tensor)
 
 
 def to_channels(image: Image.Image, reading: Reading) -> Image.Image:
-    """Convert an image to 8-bit gray (1), RGB (3) or RGBA (4); gray and RGB blend transparency with white."""
+    """Convert an image to 8-bit gray (1 channel), RGB (3) or RGBA (4); gray and RGB blend transparency with white."""
     is_transparent = image.mode in ("1", "L", "RGB") and "transparency" in image.info
     if reading.channels == 4 and (image.mode in ("RGBA", "LA", "PA", "P") or is_transparent):
         return image.convert("RGBA")
@@ -405,11 +407,11 @@ def is_heic(file: File) -> bool:
 
 
 def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
-    """Convert any mode to 8-bit RGB: blend transparency with white, repeat gray, scale 16-bit values by `white`.
+    """Convert any mode to 8-bit RGB: blend transparency with white, repeat gray, and scale 16-bit values by `white`.
 
     Args:
         image: Image of any mode except 32-bit floating point.
-        white: Value of 16-bit images mapped to white.
+        white: Value of 16-bit images that maps to white.
 
     Raises:
         ValueError: If the image has floating-point values, whose white value is unknown.
@@ -446,7 +448,7 @@ _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
     """Read a mask: palette indices, gray values, or black and white.
 
-    JPEG, WebP and AVIF may not preserve labels. Their masks are thresholded at `THRESHOLD` to 0 and 1.
+    JPEG, WebP and AVIF can change labels, so their masks are thresholded at `THRESHOLD` to 0 and 1.
 
     Args:
         path: JPEG, WebP or AVIF file, or a file in another format that is palette, gray, black-and-white, or RGB with
@@ -456,7 +458,7 @@ def read_label_map(path: str | Path) -> tuple[np.ndarray, bool]:
         Labels `[height, width]`, uint16, and whether the mask was thresholded.
 
     Raises:
-        ValueError: If the file is not an image or is truncated, or if it has colors or labels above 65,535.
+        ValueError: If the file is not an image or is truncated, or if it has colors, or labels outside 0 to 65,535.
     """
     try:
         check_regular(path)

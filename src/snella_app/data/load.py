@@ -1,4 +1,4 @@
-"""Loading of data into training, validation and test splits.
+"""Load data into training, validation and test splits.
 
 `load_data` reads a `Collection`, holds out a cross-validation fold, creates missing splits and limits their sizes.
 """
@@ -47,11 +47,11 @@ _READERS: dict[str, Callable[[str, DataConfig, TargetKind], Collection]] = {
     "vtab:": VTAB.load,
     "fgvc:": FGVC.load,
 }
-"""Readers by prefix. Each takes the text after the colon, the settings and the target. Readers raise FileNotFoundError
-for missing data, ValueError with all problems for unusable data, ImportError for a missing package, and ConnectionError
-for an unreachable Hub."""
+"""Readers by prefix. Each takes the text after the colon, the settings and the target. A reader raises a
+FileNotFoundError if the data is missing, a ValueError that lists all problems if it cannot be used, an ImportError if a
+package is missing, and a ConnectionError if the Hub is unreachable."""
 _TABLES = {"csv:": "FILE", "parquet:": "FILE", "hf:": "NAME", "wds:": "SHARDS"}
-"""Prefixes of data with columns, and the placeholder of the text after the colon."""
+"""Prefixes of data with columns, each with the placeholder for the text after the colon."""
 _BENCHMARKS = {"vtab:": VTAB, "fgvc:": FGVC}
 _PREFIXES = (*_READERS, PYTHON_PREFIX)
 
@@ -98,8 +98,8 @@ def full_spec(spec: str) -> str:
     - `masks:` for a folder with `images` and `masks`, or with a subfolder `train` that has both
     - `hf:` for a folder written by Hugging Face datasets, or with `metadata.csv` in it or in a subfolder
     - `wds:` for a folder with tar files and no subfolders
-    - `hf:` for a folder with Parquet files and no images, like a downloaded repository of the Hub. `data` may be its
-      only subfolder and is searched, too.
+    - `hf:` for a folder with Parquet files and no images, such as a repository downloaded from the Hub. The folder may
+      have no subfolder except `data`, which is searched as well.
 
     Names of registered datasets take precedence over folders. Any other text is returned unchanged.
     """
@@ -126,7 +126,7 @@ def full_spec(spec: str) -> str:
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
-    """Split `folder:PATH` into `("folder:", "PATH")`, and data without a path into `(name, None)`."""
+    """Split `folder:PATH` into `("folder:", "PATH")`, and a text without a known prefix into `(text, None)`."""
     prefix = next((prefix for prefix in _PREFIXES if spec.startswith(prefix)), None)
     if prefix is None:  # import plugins only if needed
         prefix = next((name for name in _registered() if name.endswith(":") and spec.startswith(name)), None)
@@ -139,7 +139,11 @@ def has_columns(data: Any) -> bool:
 
 
 def data_folder(spec: str) -> Path | None:
-    """Return the folder or file of a specification, whether it exists or not, or None for other data."""
+    """Return the local folder or file that a specification refers to, or None if it refers to none.
+
+    The path need not exist. However, a missing path after `hf:` is treated as a name on the Hub, which has no folder.
+    A missing path after `wds:` is treated as a pattern of shards, whose folder is returned.
+    """
     prefix, path = split_spec(spec)
     if path is None or prefix == PYTHON_PREFIX:
         return None
@@ -158,11 +162,11 @@ def load_data(
 ) -> DataSplits:
     """Load data and create stratified, seeded splits, which keep the images of a group together.
 
-    Existing splits are preserved. A test split is created only for data without splits, a validation split if it is
-    missing and the protocol is `standard`. Fractions refer to all images to be split. Splits are then subsampled to
-    their sizes, so the test images are independent of the number of training images.
+    Existing splits are preserved. A test split is created only for data without splits; a validation split is
+    created if it is missing and the protocol is `standard`. Fractions refer to all images to be split. Splits are then
+    subsampled to the configured sizes, so the test images are independent of the number of training images.
 
-    A cross-validation fold is held out of the training and validation images together. It is the test split, or the
+    A cross-validation fold is held out from the combined training and validation images. It is the test split, or the
     validation split if the data has a test split. Protocols `final` and `official` hold out no validation images: an
     existing validation split is used for training under `final` and, on VTAB, `official`, and ignored otherwise.
 
@@ -170,18 +174,18 @@ def load_data(
         spec: Folder or table (see `full_spec`); one of `data_names()`, e.g. `folder:PATH` (`class/image` or
             `train|val|test/class/image`); or a dataset object (see `snella_app.data.hub.from_python`).
         config: Columns, image format, handling of broken images, splits and their sizes; other fields do not apply.
-        seed: Seed of splits, subsampling and augmentation, in [0, 2^32); test images use `config.test_seed` if set.
+        seed: Seed for splitting, subsampling and augmentation, in [0, 2^32); test images use `config.test_seed` if set.
         target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
             (`numbers`, with column names as `classes`). `ImageDataset.labels` contains classes, or strata for the other
             two; `ImageDataset.annotations` contains raw values, weights and groups.
-        divide: If False, use only existing splits and folds, even for data that cannot be used for training.
+        divide: If False, create no splits except a fold, and accept data that cannot be used for training.
 
     Raises:
         ValueError: If the specification is unknown, a setting does not apply to the data, or there are too few images.
         FileNotFoundError: If a file or folder of the data does not exist.
         ImportError: If a required package is not installed.
         TypeError: If the dataset object is not supported.
-        ConnectionError: If a dataset of the Hugging Face Hub is not cached and the Hub is unreachable.
+        ConnectionError: If a dataset on the Hugging Face Hub is not cached and the Hub is unreachable.
     """
     config = config or DataConfig()
     named_seeds = {"seed": seed}
@@ -200,7 +204,7 @@ def load_data(
     if config.folds is not None and config.fold is not None:
         _hold_out(splits, config.folds, config.fold, seeds["test"])
     is_benchmark = isinstance(spec, str) and spec.startswith(tuple(_BENCHMARKS))
-    # the benchmark's reader has already compared its splits
+    # the benchmark's reader has already searched its splits for copies
     compared = set(splits.parts) - {splits.fold_part} if is_benchmark else set()
     if divide:
         _divide(splits, config, seeds, target)
@@ -220,7 +224,7 @@ def load_data(
 
 
 def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
-    """Return the splits with reordered class indices. The labels are replaced in place, also in `splits`.
+    """Return the splits with reordered class indices. The labels are replaced in place, so `splits` changes, too.
 
     Args:
         splits: Splits with one class per image.
@@ -280,7 +284,7 @@ def _data_hint(spec: str) -> str:
 
 
 def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collection:
-    """Convert class labels to one-label sets, or to numbers if class names are numeric.
+    """Convert class labels to one-label sets (`labels`) or to the numbers that the class names spell (`numbers`).
 
     Collections with strata are returned unchanged, because they have their own targets or masks.
     """
@@ -293,8 +297,8 @@ def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collect
         numbers = [number_of(name) for name in collection.classes]
         if not all(map(math.isfinite, numbers)):
             raise ValueError(
-                f"data must have a column of numbers for task regression, e.g. csv:FILE with --columns label=NAME, or "
-                f"class names that are numbers, got {spec} with classes "
+                f"data must have a column of numbers for the regression task, e.g. csv:FILE with --columns label=NAME, "
+                f"or class names that are numbers, got {spec} with classes "
                 f"{', '.join(map(repr, collection.classes[:3]))}"
             )
         values = [*numbers]
@@ -341,7 +345,7 @@ def _divide(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int], ta
             "protocol"
         )
     if config.protocol == "standard" and splits.val is None:
-        # val_fraction refers to the images before the test split
+        # val_fraction refers to the number of images before the test split was taken out
         fraction = config.val_fraction * total / len(splits.train)
         splits.train, splits.val = _split_off(splits, "val", fraction, seeds["val"], target)
     elif config.protocol != "standard" and splits.val is not None:
@@ -353,11 +357,15 @@ def _divide(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int], ta
 def _split_off(
     splits: DataSplits, part: str, fraction: float, seed: int, target: TargetKind
 ) -> tuple[ImageDataset, ImageDataset]:
-    """Split off a fraction of the training images, by group if present, and return remaining and selected images."""
+    """Split off a fraction of the training images, by group if present.
+
+    Returns:
+        The remaining images, and the selected images.
+    """
     images = splits.train
     groups = images.annotations.groups
     if groups is None:
-        # each class keeps an image for training, and before the validation split another one for validation
+        # keep an image of each class for training and, when the test split is taken out, another one for validation
         reserve = 2 if part == "test" else 1
         labels, classes = _strata(splits, images, reserve + 1)
         rest, selected = stratified_split(labels, fraction, seed=seed, classes=classes, reserve=reserve, part=part)
@@ -380,7 +388,7 @@ def _strata(splits: DataSplits, images: ImageDataset, minimum: int) -> tuple[Seq
 
 
 def _subsample(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int]) -> None:
-    """Subsample the splits to their sizes, and set the seed of the augmentation."""
+    """Subsample the splits to the configured sizes, and set the seed for the augmentation."""
     reasons = {name: f"{splits.name!r} has no {name} split" for name in ("val", "test")}
     if config.protocol != "standard":
         reasons["val"] = f"protocol={config.protocol} has no val split"
@@ -389,7 +397,7 @@ def _subsample(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int])
         if images is None and size is not None:
             raise ValueError(f"{name}_size must be omitted because {reasons[name]}, got {size}")
         if images is not None and size is not None:
-            # if the size has no room for an image of each stratum, merge all strata
+            # if the size is too small for an image of each stratum, merge all strata
             is_small = size < len(set(images.labels))
             minimum = len(images) + 1 if is_small else 1
             labels, classes = _strata(splits, images, minimum)
@@ -444,7 +452,7 @@ def _shared_group_warnings(splits: DataSplits) -> list[str]:
 
 
 def is_imbalanced(labels: Iterable[int]) -> bool:
-    """Return whether the most frequent label has at least four times the images of the rarest one present."""
+    """Return whether the most frequent label has at least four times as many images as the rarest one."""
     counts = Counter(labels).values()
     return bool(counts) and max(counts) >= _IMBALANCE * min(counts)
 

@@ -89,14 +89,14 @@ def collect_masks(
 
     Args:
         spec: Specification as the user typed it, for messages.
-        root: Base folder of names.
+        root: Folder to which the names of images and masks are relative.
         pairs: Pairs by split.
-        errors: Errors so far.
+        errors: Errors found so far. Further errors are appended.
         class_names: Class names by label, or None to infer them from the labels.
         skip_corrupt: Skip unreadable pairs with a note.
 
     Raises:
-        ValueError: If there are errors so far, unreadable pairs without `skip_corrupt`, different sizes, labels out of
+        ValueError: If there are earlier errors, unreadable pairs without `skip_corrupt`, different sizes, labels out of
             range, a split without readable pairs, or only one label.
     """
     all_pairs = [pair for split_pairs in pairs.values() for pair in split_pairs]
@@ -184,7 +184,7 @@ def find_pairs(folder: Path, root: Path, errors: list[str]) -> list[MaskPair]:
 
 
 def _files(folder: Path, root: Path, errors: list[str]) -> dict[str, Path]:
-    """Return the image files of a folder by name without suffix."""
+    """Return the image files of a folder by name without suffix, and append duplicate names to `errors`."""
     if not folder.is_dir():
         return {}
     files: dict[str, Path] = {}
@@ -255,8 +255,8 @@ def load_kvasir(path: str, config: DataConfig, target: TargetKind) -> Collection
     """Load Kvasir-SEG in the authors' layout: `images/NAME.jpg`, `masks/NAME.jpg` (thresholded at 128).
 
     The official split is in `train.txt` (880 names) and `val.txt` (120 names), one name per line. `val.txt` is the test
-    split; validation images are split off from the training images. Without these files, the first 12% of names ordered
-    by SHA-256 (120 of 1,000) form a reproducible but unofficial test split.
+    split; validation images are split off from the training images. Without these files, the first 12% of the names,
+    ordered by SHA-256 (120 of 1,000), form a reproducible but unofficial test split.
     """
     root = existing_folder(path, "kvasir", "with images/ and masks/ inside")
     errors: list[str] = []
@@ -292,14 +292,17 @@ def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -
         return None
     if len(present) < len(files):
         absent = next(file.name for file in files.values() if not file.is_file())
-        errors.append(f"{present[0].name} exists but {absent} does not; add it, or remove the other to split by name")
+        errors.append(
+            f"{present[0].name} exists but {absent} does not; add it, or remove {present[0].name} to split by name"
+        )
         return {"train": list(pairs)}
     names = {part: _names(file) for part, file in files.items()}
     for part, chosen in names.items():
         unknown = [name for name in chosen if name not in pairs]
         if unknown:
             errors.append(
-                f"{counted(len(unknown), 'name')} in {_SPLIT_FILES[part]} without image and mask: {listed(unknown)}"
+                f"{counted(len(unknown), 'name')} in {_SPLIT_FILES[part]} without an image and a mask: "
+                f"{listed(unknown)}"
             )
     shared = sorted(set(names["train"]) & set(names["test"]))
     if shared:

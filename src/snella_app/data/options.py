@@ -1,4 +1,4 @@
-"""`DataConfig`, the images of a run, and options of the readers. Imports no torch, so that `--help` stays fast."""
+"""Data section of a configuration, and decoding options. Imports no torch, so that `--help` stays fast."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,13 +15,13 @@ _COLOR_AUGMENTATIONS = ("imagenet", "randaugment", "trivialaugment", "3augment")
 
 @dataclass(frozen=True)
 class Reading:
-    """Decoding options of images.
+    """Decoding options for images.
 
     Attributes:
         channels: 3 for RGB, 1 for gray, 4 for RGBA; any other number for a TIFF (by tifffile) or `.npy` array of
             `[height, width, channels]`, `[channels, height, width]` or one page per channel.
-        white: Value of 16-bit gray images and arrays mapped to white; larger values are clipped.
-        side: Minimum shorter side; larger 8-bit images without palette and transparency are downscaled by an integer
+        white: Value of 16-bit gray images and arrays that maps to white; larger values are clipped.
+        side: Minimum shorter side; larger 8-bit images without palette or transparency are downscaled by an integer
             factor. JPEGs first use the decoder's scaling, which is faster; the rest is averaged. None uses the full
             resolution.
     """
@@ -43,16 +43,16 @@ class DataConfig(Config):
             (images/ and masks/), kvasir:PATH, mri or mri-lobes.
         task: classification (one class per image), multilabel (any number of labels), ordinal (ordered classes),
             regression (numbers) or segmentation (one class per pixel; needs data with masks).
-        columns: Columns of a table, e.g. path=file,label=species,split=part,weight=w,group=patient; others are
-            detected by name. New splits keep groups together.
+        columns: Columns of a table, e.g. path=file,label=species,split=part,weight=w,group=patient; roles left
+            out are detected by name. New splits keep groups together.
         class_order: Class names from lowest to highest, e.g. small,medium,large (ordinal); not needed if the names
             begin with numbers.
         train_size: Number of training images, stratified by class; all by default.
         val_size: Number of validation images; all by default.
         test_size: Number of test images; all by default.
-        val_fraction: Fraction of the images held out for validation if the data has no validation split.
-        test_fraction: Fraction of the images held out for testing if the data has no splits; 0 for none.
-        test_seed: Seed of the test split, so that runs with different seeds can share it; defaults to seed.
+        val_fraction: Fraction of the images to hold out for validation if the data has no validation split.
+        test_fraction: Fraction of the images to hold out for testing if the data has no splits; 0 for none.
+        test_seed: Seed for the test split, so that runs with different seeds can share it; defaults to seed.
         folds: Number of cross-validation folds. Trains one run per fold in OUT/fold-1 and so on, and summarizes them in
             a table. Folds are stratified by class and keep groups together.
         fold: Train only this fold (from 1) as a single run.
@@ -63,15 +63,15 @@ class DataConfig(Config):
             files. The backbone's first convolution is adapted.
         white: Value of 16-bit images that maps to white, e.g. 4095 for 12-bit cameras; defaults to 65535.
         skip_corrupt: Skip unreadable images and report their number.
-        strict_sizes: Reject benchmark data (vtab, fgvc) with another number of images or missing classes; false only
-            prints a note.
+        strict_sizes: Reject benchmark data (vtab, fgvc) with a different number of images or missing classes; false
+            only prints a note.
         sampler: Order of the training images: shuffle, or weighted, which draws with replacement so that all classes
             are equally frequent.
         augment: Data augmentation: none, flip, crop (random resized crop and flip), crop-no-flip, or imagenet (smaller
             crops, flip and color jitter). randaugment and trivialaugment add random color and geometric changes to
             crop; 3augment adds color jitter and one of grayscale, solarization and blur. auto selects flip for
-            regression, segmentation and protocol official, crop otherwise, or crop-no-flip if flips change the classes.
-        tta: Test-time augmentation: 2 averages the predictions for an image and its flip, 1 uses only the image. auto
+            regression, segmentation and protocol official; otherwise, crop, or crop-no-flip if flips change classes.
+        tta: Test-time augmentation: 2 averages the predictions for an image and its flip; 1 uses only the image. auto
             selects 2 for classification if training flips images and the protocol is not official. Epochs are validated
             with one view.
         random_erasing: Probability of erasing a random rectangle of an image.
@@ -123,7 +123,7 @@ class DataConfig(Config):
 
     @property
     def reading(self) -> Reading:
-        """Decoding options of the images."""
+        """Decoding options for the images."""
         return Reading(self.channels, self.white or FULL_WHITE)
 
     @property

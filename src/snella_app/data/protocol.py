@@ -1,4 +1,7 @@
-"""Run protocols, which determine how an epoch is selected and how images are preprocessed."""
+"""Run protocols, which determine how an epoch is selected and how images are preprocessed.
+
+The protocol `official` follows the scripts that SNELLA's authors released.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -34,14 +37,14 @@ class RunProtocol:
     warning: str = ""
 
     def selection_part(self, splits: DataSplits) -> ImageDataset | None:
-        """Return the split for epoch selection, or None if the protocol selects none or the data lacks the split."""
+        """Return the split for epoch selection, or None if the protocol uses none or the data lacks it."""
         return {"val": splits.val, "test": splits.test, None: None}[self.selected_on]
 
     def is_measured(self, epoch: int, epochs: int) -> bool:
         """Return whether the model is evaluated for epoch selection after an epoch, counted from 1.
 
-        On validation, every epoch is evaluated. On test images, as in the authors' scripts, epoch 1, every tenth epoch
-        after it, and each of the last ten epochs are evaluated.
+        On validation images, every epoch is evaluated. On test images, as in the authors' scripts, epoch 1, every tenth
+        epoch after it, and each of the last ten epochs are evaluated.
         """
         if self.selected_on != "test":
             return self.selected_on is not None
@@ -70,7 +73,7 @@ class RunProtocol:
         return "last_epoch" if self.selected_on is None else f"{self.selected_on}_{monitor}"
 
     def with_split_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Replace the prefix `val_` in a row of the history with the name of the evaluated split."""
+        """Return a row of the history with the prefix `val_` replaced by the name of the evaluated split."""
         return renamed(row, "val_", f"{self.selected_on}_")
 
     def with_val_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +113,8 @@ PROTOCOLS: dict[str, RunProtocol] = {
             "test",
             "as in the authors' scripts: the best epoch is selected on the test images, and inputs are "
             "normalized with ImageNet's mean and standard deviation",
-            "the epoch was selected on the test images; test accuracy is optimistic and not comparable with other runs",
+            "the epoch was selected on the test images; test accuracy is optimistic and not comparable with runs that "
+            "select on validation images",
         ),
     )
 }

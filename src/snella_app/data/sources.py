@@ -39,7 +39,7 @@ class ImageSource(Protocol):
     """Picklable source of images by row."""
 
     def load(self, row: int) -> Any:
-        """Return the decoded image, see `read_image`. Callers must not modify it, since it may be shared."""
+        """Return the decoded image (see `read_image`). Callers must not modify it, since it may be shared."""
 
     def content(self, row: int) -> bytes:
         """Return the raw content of the image, either file bytes or pixels."""
@@ -125,7 +125,7 @@ class CachedImages:
         raise NotImplementedError
 
     def at_side(self, side: int | None) -> Self:
-        """Return a copy with another `Reading.side`, without cached images and metadata."""
+        """Return a copy with a different `Reading.side`, without cached images and metadata."""
         source = copy(self)
         source.reading = replace(self.reading, side=side)
         source._cached = {}
@@ -202,7 +202,7 @@ class JoinedSource:
 
 
 def locate(source: ImageSource, row: int) -> tuple[ImageSource, int]:
-    """Return the source that contains a row, inside joined sources, and its row there."""
+    """Return the source inside joined sources that contains a row, and the position of the row in it."""
     while isinstance(source, JoinedSource):
         if row < source.boundary:
             source = source.first
@@ -213,7 +213,7 @@ def locate(source: ImageSource, row: int) -> tuple[ImageSource, int]:
 
 
 def at_side(source: ImageSource, side: int | None) -> ImageSource:
-    """Return the source with another `Reading.side`. Sources that do not decode, e.g. arrays, are unchanged."""
+    """Return the source with a different `Reading.side`. Sources that do not decode, e.g. arrays, are unchanged."""
     if isinstance(source, JoinedSource):
         return JoinedSource(at_side(source.first, side), at_side(source.second, side), source.boundary)
     return source.at_side(side) if isinstance(source, CachedImages) else source

@@ -87,10 +87,10 @@ def grouped_split(
 
     scikit-learn's `StratifiedGroupKFold` creates folds, and the number of selected folds approximates the fraction. If
     `keeps_classes`, each class keeps at least one group for training: a class's only group is never selected, and if
-    all groups of a class are selected, the smallest one is returned to training. Numeric targets do not need it,
+    all groups of a class are selected, the smallest one is returned to training. Numeric targets do not need this,
     since their strata are not classes.
 
-    Arguments and return value as for `stratified_split`.
+    Arguments and return value are as for `stratified_split`.
 
     Raises:
         ValueError: If fewer than two groups can be split.
@@ -133,7 +133,7 @@ def fold_split(
 ) -> tuple[list[int], list[int]]:
     """Split off cross-validation fold `fold`, counted from 1, stratified by class; groups stay together.
 
-    Arguments and return value as for `stratified_split`.
+    Arguments and return value are as for `stratified_split`.
 
     Raises:
         ValueError: If there are fewer groups than folds, or a class (with groups: every class) has fewer images than

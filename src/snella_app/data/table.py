@@ -47,7 +47,7 @@ def load_table(path: str, config: DataConfig, target: TargetKind, *, kind: str) 
 
 
 def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
-    """Return the columns of a table and its resolved file.
+    """Return the columns of a table and its absolute path.
 
     Args:
         path: Path as typed.
@@ -76,7 +76,7 @@ def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
 
 
 def outside_reason(path: Path, roots: Sequence[Path]) -> str:
-    """Return why a row may not reference a file, or an empty text for files below `roots`. Links are resolved first."""
+    """Return why a row may not reference a file, or an empty text for files below a root. Links are resolved first."""
     try:
         resolved = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # e.g. a link cycle or a NUL byte
@@ -126,7 +126,7 @@ def _read_csv(file: Path) -> dict[str, list[Any]]:
     duplicates = [name for name, count in Counter(names).items() if count > 1]
     if duplicates:
         raise ValueError(
-            f"'{file}' must have unique column names, got {listed([repr(name) for name in duplicates])} twice"
+            f"'{file}' must have unique column names, got duplicates of {listed([repr(name) for name in duplicates])}"
         )
     invalid = [f"row {number} has {len(row)}" for number, row in enumerate(rows, 1) if len(row) != len(names)]
     if invalid:

@@ -17,7 +17,7 @@ _CROP_SCALES = {
     "imagenet": (0.08, 1.0),
     **dict.fromkeys(("crop", "crop-no-flip", "randaugment", "trivialaugment", "3augment"), (0.5, 1.0)),
 }
-"""Range of the cropped fraction of the area, by augmentation with random crops."""
+"""Range of the fraction of the image area to crop, by augmentation with random crops."""
 _COLOR_JITTER = 0.4
 _COLOR_JITTER_3AUGMENT = 0.3
 _BLUR_KERNEL = 9
@@ -43,7 +43,7 @@ def build_transform(
             - "crop": random resized crop of 50 to 100% of the area, and flip
             - "crop-no-flip": "crop" without flip, e.g. for letters
             - "imagenet": random resized crop of 8 to 100% of the area, flip, and color jitter of 0.4 (brightness,
-              contrast, saturation), as in ImageNet training and the authors' FGVC runs
+              contrast, saturation), as in ImageNet training and SNELLA's FGVC runs
             - "randaugment": "crop" and two random operations at magnitude 9 (Cubuk et al., arXiv 1909.13719)
             - "trivialaugment": "crop" and one operation at a random magnitude (Müller and Hutter, arXiv 2103.10158)
             - "3augment": "crop", color jitter, and one of grayscale, solarization and blur (DeiT III, arXiv 2204.07118)

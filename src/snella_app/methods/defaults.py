@@ -37,13 +37,13 @@ _SCRIPTS: dict[str, Any] = {
     "head_init": "random",
     "final_head": "trained",
 }
-"""Settings of both presets, which follow the released scripts."""
+"""Settings common to both presets, as in the released scripts."""
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {**_SCRIPTS, "method_options": {"preset": "paper"}},
     "official": {**_SCRIPTS, "method_options": {"preset": "official"}},
 }
-"""Defaults of `TrainConfig` by `preset`. The paper has no `scaling`, and gives no learning rates or epochs for
-classification. These come from the authors' released scripts for VTAB-1k."""
+"""Defaults of `TrainConfig` by `preset`. The SNELLA paper has no `scaling`, and gives no learning rates or epochs
+for classification. The learning rates and epochs come from the authors' released scripts for VTAB-1k."""
 PRESET_METHODS = ("snella", "snell")
 """Methods that accept a preset."""
 SPARSE_RECIPES: dict[str, dict[str, Any]] = {

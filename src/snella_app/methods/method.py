@@ -1,4 +1,4 @@
-"""`Method`, an entry of the method registry, and `MethodSpec`, a method applied to a model.
+"""`Method`, an entry of the method registry, and `MethodSpec`, the record of a method applied to a model.
 
 A method decides which parameters of a model are trained, and may add parameters (an adapter). The other parameters are
 frozen.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Rule = Callable[[Any], str | None]
-"""Function that returns None for a valid value, otherwise the requirement, such as "an integer of at least 1"."""
+"""Function that returns None for a valid value, and the requirement otherwise, such as "an integer of at least 1"."""
 
 
 def integer(minimum: int = 1) -> Rule:
@@ -53,7 +53,7 @@ def one_of(*choices: Any) -> Rule:
 def check_by(rules: Mapping[str, Rule]) -> Callable[[Mapping[str, Any]], list[str]]:
     """Build a `Method.check` from one rule per option.
 
-    It returns messages such as "r must be an integer of at least 1, got 0".
+    The check returns messages such as "r must be an integer of at least 1, got 0".
     """
 
     def check(options: Mapping[str, Any]) -> list[str]:
@@ -68,10 +68,10 @@ def check_by(rules: Mapping[str, Rule]) -> Callable[[Mapping[str, Any]], list[st
 
 
 Options = dict[str, Any]
-"""Options of a method by name, including the one set by the number in its name."""
+"""Options of a method by name, including the option set by the number in the method's name."""
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Function that returns a new iterator over training batches: images `[n, C, H, W]` and labels `[n, …]`."""
+"""Function that returns a new iterator over batches: images `[n, C, H, W]` and labels `[n, …]`."""
 
 
 def _class_loss(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -81,11 +81,12 @@ def _class_loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SelectionData:
-    """Data for methods that select weights or candidates, passed as `build_method(..., batches=...)`.
+    """Data passed to `build_method` as `batches`, for methods that select weights or compare candidate models.
 
     Args:
         train: Returns a new iterator over training batches on each call.
-        validation: Returns a new iterator over validation batches on each call. `noah` ranks candidates on them.
+        validation: Returns a new iterator over validation batches on each call. The method `noah`
+            ranks its candidates on them.
         loss: Loss of the task, `(outputs, labels) -> 0-dim tensor`.
         report: Callback for progress messages of a long selection.
         has_class_scores: True if outputs are class scores and labels are class indices. Otherwise, candidates are
@@ -104,7 +105,7 @@ class SelectionData:
 
 
 _TRAIN_DEFAULTS = {"lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0}
-"""Defaults of `snella train` for settings missing in `Method.defaults`."""
+"""Defaults of `snella train` for settings missing from `Method.defaults`."""
 
 
 @dataclass(frozen=True)
@@ -118,31 +119,32 @@ class Method:
             head, checked options, and training batches if `needs_batches` (None otherwise). Returns the model to train:
             the same model, changed in place, or a `PeftModel` around it.
         options: Names of the options.
-        suffix: Option set by a number at the end of the name: with `"r"`, `adapter-8` means `r=8`. None if names
-            take no number.
+        suffix: Option set by a number at the end of the name: with `"r"`, `adapter-8` means `r=8`. None if the
+            name takes no number.
         check: `options -> error messages`. Checks the values of options without a model.
-        config: `(head, options) -> PeftConfig`, for PEFT adapters. `options` include `target_modules`. A `TypeError` is
-            reported as an option of the wrong type.
+        config: `(head, options) -> PeftConfig`, for PEFT adapters. `options` includes `target_modules`. A `TypeError`
+            is reported as an option of the wrong type.
         needs_batches: True if the method selects parameters from training data. Then `build_method` requires `batches`.
         needs_validation: True if candidates are compared on validation images, which `batches` must provide.
-        restore: `(model, head, options, tensors) -> model`, rebuilds a saved adapter from its tensors. None uses
-            `build`, which is possible only without `needs_batches`.
+        restore: `(model, head, options, tensors) -> model`, rebuilds a saved adapter from its tensors. If None,
+            `build` is used, which requires that `needs_batches` is False.
         merge: `model -> backbone`, merges the trained parameters into the backbone. None if they cannot be merged.
         penalty: `model -> 0-dim tensor`, added to the loss of each training step. None adds nothing.
         unmerged_reason: Reason why `merge` is None, a verb phrase: "adds prompt tokens, which are not weights".
         defaults: Default settings of `snella train` for AdamW with warm-up and cosine decay: `lr` for added or changed
             parameters (1e-3 if missing), `scalar_lr` for scalar kernel parameters, `head_lr` (1e-3), `weight_decay` for
-            matrices (0), and the options `r`, `target_sparsity` and `scaling`.
-        recipes: Defaults of other run types, by `RunSettings.purpose`. Run types that are missing reject the method.
+            matrices (0), and the options `r`, `target_sparsity`, and `scaling`.
+        recipes: Default settings of other run types, such as `language`, by `RunSettings.purpose`. A run type without
+            an entry rejects the method.
         optimizer: `(model, class, *, lr, head_lr, weight_decay, scalar_lr) -> optimizer`, for methods with special
-            parameter groups. It receives `scalar_lr` only if it is set. None uses `lr`, `head_lr` for the head, and no
-            weight decay for vectors.
+            parameter groups. The function receives `scalar_lr` only if it has a value. If None, the optimizer
+            uses `lr`, `head_lr` for the head, and no weight decay for vectors.
         unsharded_reason: Reason why the frozen weights cannot be sharded, a verb phrase. Empty if they can.
         schedule: `(model, total_steps) -> schedule`. Training calls `schedule.attach(optimizer)` at the start; the
             optimizer state includes the schedule state. None if the method has no schedule.
-        has_budgets: True if a `BudgetAllocator` assigns budgets to the matrices.
+        has_budgets: True if a `BudgetAllocator` assigns budgets (numbers of nonzero entries) to the adapted matrices.
         is_head_only: True if only the head is trained.
-        peft_type: Name in PEFT's method comparison; None for the family in upper case.
+        peft_type: Name in PEFT's method comparison; None stands for the name without the number, in upper case.
     """
 
     summary: str
@@ -178,13 +180,13 @@ class Method:
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """Method applied to a model, sufficient to apply it again.
+    """Record of a method applied to a model, sufficient to apply the method again.
 
     Args:
         name: Name passed to `build_method`, e.g. `snella-8`.
         options: Options passed to `Method.build`.
         head: Name of the head module.
-        family: Key in `METHODS`, e.g. `snella` for `snella-8`. Empty for adapters of other methods.
+        family: Key in `METHODS`, e.g. `snella` for `snella-8`. Empty for adapters of unregistered methods.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Functions that find the head, blocks and layers of a model.
+"""Functions that find the head, the blocks, and the layers of a model.
 
 The head is the module that computes the outputs of a model from its features. The blocks are the repeated modules of
 its backbone.
@@ -59,8 +59,8 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
         A module name, e.g. `"head"`, `"fc"` or `"head.fc"`.
 
     Raises:
-        ValueError: If the module does not exist, the model declares no head or several, or the module has no weights,
-            e.g. with `num_classes=0`.
+        ValueError: If `head` names no module of the model, the model declares no head or several heads, or the head has
+            no weights, e.g. with `num_classes=0`.
     """
     modules = dict(model.named_modules())
     name = _declared_head(model, modules) if head is None else head
@@ -83,7 +83,7 @@ def find_head(model: nn.Module, head: str | None = None) -> str:
 
 
 def _declared_head(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
-    """Return the name of the head that a timm model declares, or None for other models.
+    """Return the name of the head that a timm model declares, or None if no head is declared.
 
     Raises:
         ValueError: If the model declares several heads.
@@ -118,7 +118,7 @@ def recorded_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def standardizes_weight(module: nn.Module) -> bool:
-    """Return True for a convolution of timm or transformers that standardizes its weight in the forward pass."""
+    """Return whether a module is a convolution from timm or transformers that standardizes its weight when called."""
     return isinstance(module, nn.Conv2d) and any(part in type(module).__name__ for part in ("StdConv", "Standardized"))
 
 
@@ -128,9 +128,9 @@ def is_inside(name: str, module_name: str) -> bool:
 
 
 def adaptable_layers(model: nn.Module, head: str) -> list[str]:
-    """Return the names of the layers that LoRA and SNELLA adapt.
+    """Return the names of the layers that LoRA and SNELLA adapt by default.
 
-    Like SNELLA's `"all-linear"`, selects all `Linear` layers except the head, patch embedding and patch merging.
+    Like SNELLA's `"all-linear"`, selects all linear layers except the head, patch embedding, and patch merging.
     If there are none, selects all ungrouped `Conv2d` layers except the first (the stem) and the head.
 
     Args:
@@ -189,4 +189,4 @@ def require_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, 
 
 
 class AdapterFileError(ValueError):
-    """Error for a damaged adapter file, or one that does not fit the model."""
+    """Error for an adapter file that is damaged or does not fit the model."""

@@ -71,7 +71,7 @@ class _BatchNorm(nn.BatchNorm1d):
 
 
 class MlpHead(nn.Module):
-    """MLP head: linear layers with ReLU, batch normalization and dropout after all but the last.
+    """MLP head: linear layers with ReLU, batch normalization, and dropout after all but the last.
 
     h_0 = x;  h_i = dropout(norm(relu(W_i h_{i-1} + b_i)));  y = W_k h_{k-1} + b_k
 
@@ -136,7 +136,7 @@ def _build_partial(model: nn.Module, head: str, options: Options, batches: Batch
         raise ValueError(f"method 'partial': blocks must be at most {len(blocks)} for this model, got {num_trained}")
     train_head(model, head)
     trained_blocks = {name for name, _ in blocks[-num_trained:]}
-    is_later = False  # True from the first trained block on, because parameters are in the order of the modules
+    is_later = False  # True from the first trained block on; parameters are in the order of the modules
     for name, parameter in model.named_parameters():
         in_trained_block = any(is_inside(name, block) for block in trained_blocks)
         is_later = is_later or in_trained_block

@@ -72,10 +72,10 @@ def peft_method(
 def _resolve_layers(config: Any, model: nn.Module) -> None:
     """Check `layers_to_transform`, the indices of the blocks to adapt.
 
-    For methods other than SNELLA, it is replaced with the `target_modules` in these blocks, because PEFT ignores it for
-    full module names. Without `layers_pattern`, PEFT also finds no block index in names without a prefix, such as
-    `blocks.0.attn.qkv`. A block's index is the first number after `layers_pattern` or, without a pattern, the first
-    number in its name (in Swin, the stage).
+    For methods other than SNELLA, the option is replaced: `target_modules` is reduced to the modules in these blocks,
+    because PEFT ignores `layers_to_transform` for full module names. Without `layers_pattern`, PEFT also finds no block
+    index in names without a prefix, such as `blocks.0.attn.qkv`. A block's index is the first number after
+    `layers_pattern` or, without a pattern, the first number in its name (in Swin, the stage).
     """
     layers = config.layers_to_transform
     blocks = {layers} if isinstance(layers, int) else set(layers)
@@ -119,7 +119,7 @@ def inject(model: nn.Module, config: PeftConfig) -> PeftModel:
 def check_gradients(model: nn.Module, method: str) -> None:
     """Check after a backward pass that all layers with a PEFT adapter other than SNELLA's have gradients.
 
-    Some timm models (BEiT, EVA, Swin V2) read the weight of a layer instead of calling it, which skips the adapters.
+    Some timm models (BEiT, EVA, Swin V2) read a layer's weight instead of calling the layer, bypassing the adapter.
 
     Raises:
         ValueError: If adapted layers have no gradient.
@@ -138,7 +138,7 @@ def check_gradients(model: nn.Module, method: str) -> None:
 
 
 def _lacks_gradient(layer: BaseTunerLayer) -> bool:
-    """Return whether a trainable adapter parameter of the layer has no gradient."""
+    """Return whether any trainable adapter parameter of the layer has no gradient."""
     for attribute in layer.adapter_layer_names:
         module = getattr(layer, attribute, None)
         if not isinstance(module, nn.Module):
@@ -181,7 +181,7 @@ def merge_adapter(model: Any) -> nn.Module:
 
 
 def _config_fields(config: type[PeftConfig]) -> tuple[str, ...]:
-    """Return the init fields that a configuration adds to `PeftConfig`, except `modules_to_save` (the head)."""
+    """Return the names of the init fields that a configuration adds to `PeftConfig`, except `modules_to_save`."""
     base = {f.name for f in dataclasses.fields(PeftConfig)} | {"modules_to_save"}
     return tuple(f.name for f in dataclasses.fields(config) if f.name not in base and f.init)
 
@@ -213,7 +213,7 @@ SNELLA = peft_method(
 
     W = W0 + scaling · S    S[i, j] = ΔW[i, j] · max(|ΔW[i, j]| − t, 0)    ΔW[i, j] = κ(A[j], B[i])
 
-κ is Mix-K. The threshold `t` keeps the number of entries given by the matrix's budget; see docs/method.md.
+κ is Mix-K by default. The threshold `t` keeps as many entries as the matrix's budget allows; see docs/method.md.
 """
 
 SNELLA_MATCHED = peft_method(
@@ -226,7 +226,7 @@ SNELLA_MATCHED = peft_method(
     has_budgets=True,
     optimizer=create_snella_optimizer,
 )
-"""SNELLA with `preset="matched"` of `SnellaConfig`.
+"""SNELLA with the setting `preset="matched"` of `SnellaConfig`.
 
 An optimizer step changes `scaling·S` by about the learning rate times the magnitude of `W0`. The budget reaches its
 target after 70% of training. See docs/method.md.
@@ -257,7 +257,7 @@ KLORA = peft_method(
 """Kernelized LoRA: SNELLA's parameters with a dense update, `W = W0 + scaling · ΔW`, `ΔW[i, j] = κ(A[j], B[i])`.
 
 `kernel` is mix_k (default), p_linear, rbf, …, or linear, which is LoRA with two random factors. `ΔW` is not zero at
-initialization: with mix_k it is about 1/m for a matrix with m outputs.
+initialization: with mix_k, its entries are about 1/m for a matrix with m outputs.
 """
 
 
@@ -314,7 +314,7 @@ _ADALORA_OPTIONS = (
 class RankSchedule:
     """Rank schedule of AdaLoRA, which calls PEFT's `update_and_allocate` after each optimizer step.
 
-    Ranks stay at `init_r` for `tinit` steps, decrease cubically to `r` on average, and stay constant for the last
+    Ranks stay at `init_r` for `tinit` steps, decrease cubically to a mean of `r`, and stay constant for the last
     `tfinal` steps. If `tinit` and `tfinal` are 0 (the default), they become 10% and 50% of all steps. The allocator
     state is saved with the optimizer state, so that a resumed run continues exactly.
 
@@ -348,7 +348,10 @@ class RankSchedule:
             )
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Register hooks that step the schedule and save its state, on the optimizer inside Accelerate's wrapper."""
+        """Register hooks on the optimizer that step the schedule and save its state.
+
+        If Accelerate wraps the optimizer, the hooks are registered on the inner optimizer.
+        """
         optimizer = unwrap(optimizer)
         optimizer.register_step_post_hook(self._after_step)
         store_in_state(optimizer, _STATE_KEY, self.state_dict, self.load_state_dict)

@@ -1,4 +1,4 @@
-"""Registry of methods: names, options and model building."""
+"""Registry of methods: names, options, and model building."""
 
 import re
 from collections.abc import Mapping
@@ -43,13 +43,13 @@ METHODS: dict[str, Method] = {
     # PEFT configurations
     **CATALOG,
 }
-"""Methods by name without number; methods of plugins come last."""
+"""Methods by name without the number; those of plugins come last."""
 METHODS.update(plugins("methods", frozenset(METHODS)))
 KERNELS.update(plugins("kernels", frozenset(KERNELS)))
 
 
 def find_method(name: str) -> Method:
-    """Return the method for a name such as `snella-8` or `snella`, or raise an error as `parse_method` does."""
+    """Return the method for a name such as `snella-8` or `snella`, or raise the errors of `parse_method`."""
     return METHODS[parse_method(name)[0]]
 
 
@@ -77,7 +77,7 @@ def parse_method(name: str) -> tuple[str, int | None]:
 
 
 def _suggest_spelling(name: str) -> str:
-    """Return "; did you mean 'lora-8'?" for a spelling such as `lora8` or `LoRA_8`, otherwise an empty text."""
+    """Return "; did you mean 'lora-8'?" for a spelling such as `lora8` or `LoRA_8`, or an empty string."""
     normalized = name.lower().replace("_", "-")
     family = normalized.rstrip("0123456789")
     digits = normalized.removeprefix(family)
@@ -101,16 +101,16 @@ def build_method(
         head: Name of its head module, which is not needed for timm models.
         batches: Callable that returns a new iterator over batches of images and labels, for methods that select
             parameters from training data. Other methods ignore it.
-        **options: Options listed in `Method.options`: fields of SnellaConfig for `snella`, some fields of
-            LoraConfig for `lora`.
+        **options: Options listed in `Method.options`, such as the fields of SnellaConfig for `snella`, or some fields
+            of LoraConfig for `lora`.
 
     Returns:
         The model to train: `model`, or a `PeftModel` around it.
 
     Raises:
-        ValueError: If the name, an option or a value is invalid, the number contradicts an option, the method does not
+        ValueError: If the name, an option, or a value is invalid, the number contradicts an option, the method does not
             support the model, or required data is missing.
-        TypeError: If the method requires `batches` and they are not callable.
+        TypeError: If the method requires `batches` and the argument is not callable.
     """
     options = check_method(name, options)
     method = find_method(name)
@@ -127,7 +127,7 @@ def build_method(
 def _build(name: str, model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
     """Apply a method with checked options to a frozen model.
 
-    Errors of PEFT are raised again as `ValueError` with the names of the method and the model.
+    Errors of PEFT methods are re-raised as `ValueError` with the names of the method and the model.
     """
     method = find_method(name)
     try:
@@ -142,7 +142,7 @@ def _build(name: str, model: nn.Module, head: str, options: Options, batches: Ba
 def restore_method(
     name: str, model: nn.Module, tensors: Mapping[str, Tensor], *, head: str | None = None, **options: Any
 ) -> nn.Module:
-    """Rebuild the structure of a model that `build_method` created, without training data and without loading values.
+    """Rebuild the structure of a model created by `build_method`, without training data and without loading values.
 
     Arguments and errors are as for `build_method`; `tensors` are the saved tensors by name.
 
@@ -171,7 +171,7 @@ def check_method(name: str, options: Options) -> Options:
         The options, including the number in the name.
 
     Raises:
-        ValueError: If the name, an option or a value is invalid, or the number contradicts an option.
+        ValueError: If the name, an option, or a value is invalid, or the number contradicts an option.
     """
     family, number = parse_method(name)
     method = METHODS[family]
@@ -213,7 +213,7 @@ def spec_of(model: nn.Module) -> MethodSpec:
 
 
 def method_of(model: nn.Module) -> Method | None:
-    """Return the registered method of a model, or None for PEFT adapters of other methods."""
+    """Return the registered method of a model, or None for PEFT adapters of unregistered methods."""
     return METHODS.get(spec_of(model).family)
 
 
@@ -231,7 +231,7 @@ def trainable_parameters(model: nn.Module) -> int:
 def can_merge(name: str) -> bool:
     """Return whether `merge_trained` supports a method.
 
-    The result is True for unknown names, which are PEFT adapters of methods that are not registered.
+    The result is True for unknown names, which belong to PEFT adapters of unregistered methods.
     """
     try:
         return find_method(name).merge is not None
@@ -240,7 +240,7 @@ def can_merge(name: str) -> bool:
 
 
 def merge_trained(model: nn.Module) -> nn.Module:
-    """Merge the trained parameters into the backbone, which changes outputs only by rounding.
+    """Merge the trained parameters into the backbone. The outputs change only by rounding.
 
     Args:
         model: Model from `build_method` or `load_trained`, which must not be used afterwards.

@@ -1,6 +1,6 @@
-"""Saving trained parameters as an adapter, and loading them into a fresh backbone.
+"""Save trained parameters as an adapter, and load them into a fresh backbone.
 
-An adapter is a folder with the trained parameters, without the backbone, and the settings for applying them.
+An adapter is a folder that contains the trained parameters and the settings for applying them, but not the backbone.
 """
 
 import copy
@@ -66,7 +66,7 @@ def save_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     write_bytes(target / METHOD_FILE, json.dumps(method_info, indent=2).encode() + b"\n")
     write_bytes(target / file, _as_safetensors(tensors, sha256_of(target / settings_file)))
     for name in {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, TENSOR_FILE} - {settings_file, file}:
-        (target / name).unlink(missing_ok=True)  # files of an adapter of another kind
+        (target / name).unlink(missing_ok=True)  # left by an adapter of the other kind
 
 
 def load_trained(folder: str | os.PathLike[str], backbone: nn.Module) -> nn.Module:
@@ -137,7 +137,7 @@ def _read_method(folder: Path) -> dict[str, Any]:
 
 
 def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
-    """Inject the adapter in `folder` into `backbone` without loading values."""
+    """Inject the adapter saved in `folder` into `backbone`, without loading its values."""
     _read_settings(folder / CONFIG_NAME)
     _read_metadata(folder / SAFETENSORS_WEIGHTS_NAME)  # rejects altered settings before they are used
     with without_harmless_warnings():
@@ -155,7 +155,7 @@ def _rebuild_adapter(folder: Path, backbone: nn.Module) -> nn.Module:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """Read a settings file of an adapter, which must contain a mapping."""
+    """Read an adapter's settings file, which must contain a mapping."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -168,8 +168,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
     """Return the tensors to save, by name, and the name of their file.
 
-    PEFT models use the tensors that PEFT saves. Others use the trained parameters, the `saved_buffers` of modules, and,
-    with full fine-tuning, all persistent buffers (running statistics).
+    For PEFT models, these are the tensors that PEFT saves. For others, they are the trained parameters, the
+    `saved_buffers` of modules, and, with full fine-tuning, all persistent buffers (such as running statistics).
     """
     if isinstance(model, PeftModel):
         with full_size_factors(model.peft_config["default"]):
@@ -185,9 +185,9 @@ def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
 
 
 def _check_fits(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
-    """Check that tensors have the names and shapes of the model's `targets`, and are finite where these are.
+    """Check that tensors have the names and shapes of the model's `targets`, and are finite where `targets` are.
 
-    Some tensors of a model contain `-inf`, such as buffers with masks.
+    Some tensors of a model, such as buffers with masks, contain `-inf`.
     """
     common = [name for name in targets if name in tensors]
     shapes = {name: (list(tensors[name].shape), list(targets[name].shape)) for name in common}
@@ -259,7 +259,7 @@ def _settings_file(folder: Path) -> Path:
 
 
 def _as_safetensors(tensors: dict[str, Tensor], settings_digest: str) -> bytes:
-    """Serialize tensors to bytes, because `save_file`, which writes a file, would lose the errno of a full disk."""
+    """Serialize tensors to bytes. Safetensors' `save_file` is not used, because it loses the errno of a full disk."""
     seen: set[int] = set()
     values = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Records of the recipes of `snella_lab`: image generators, language models and the demonstration."""
+"""Records of image generators, language models, and the demonstration (`snella demo`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FixedLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class LossRow:
-    """A step or epoch of a generator's training. Values that were not measured are None."""
+    """One step or epoch of a generator's training. Values that were not measured are None."""
 
     step: int = 0
     epoch: float | None = field(default=None, metadata=OPTIONAL)
@@ -47,11 +47,11 @@ class GeneratorMetrics(Record):
     loss_history: list[LossRow] = field(default_factory=list)
 
     def learning(self) -> dict[str, Any]:
-        """Summarize the losses as plain values. Values that were not measured are None.
+        """Summarize the losses as plain values. Epochs and losses that were not recorded are None.
 
         Returns:
-            `steps`, `epochs`, `first` and `last` loss, loss on `held_out` entries, loss on fixed noise and timesteps
-            before and after training (`fixed_before`, `fixed_after`), and the `optimizer`.
+            `steps`, `epochs`, the `first` and `last` loss, the last loss on `held_out` entries, the loss on fixed noise
+            and timesteps before and after training (`fixed_before`, `fixed_after`), and the `optimizer`.
         """
         rows = self.loss_history
         fixed = self.fixed_loss or FixedLoss()
@@ -110,7 +110,7 @@ class SubjectFidelity(Record):
 
 @dataclass(frozen=True)
 class TaskAccuracy:
-    """Fraction of a task's questions answered correctly."""
+    """Fraction of a task's questions that were answered correctly."""
 
     accuracy: Float
 

@@ -37,7 +37,7 @@ class StoredPrediction:
 
     @property
     def predicted(self) -> int:
-        """Predicted class: the predicted rank of ordered classes, otherwise the class with the highest probability."""
+        """Predicted class: the predicted rank of ordered classes, or else the class with the highest probability."""
         if self.rank is not None:
             return self.rank
         return max(range(len(self.probabilities)), key=self.probabilities.__getitem__)
@@ -54,7 +54,7 @@ class StoredPrediction:
 
 
 MAX_PREDICTIONS = 5_000
-"""Maximum size of a split whose predictions are stored. Larger files could take hundreds of megabytes."""
+"""Maximum size of a split whose predictions are stored. A larger split could take hundreds of megabytes."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Predictions(SplitPredictions):
         """Return these predictions after checking that each has `count` probabilities.
 
         Raises:
-            ValueError: If a prediction has another number of probabilities, or an invalid label or rank.
+            ValueError: If a prediction has a different number of probabilities, or an invalid label or rank.
         """
         for i, item in enumerate(self.items):
             if len(item.probabilities) != count or not (0 <= item.label < count and 0 <= (item.rank or 0) < count):
@@ -127,7 +127,7 @@ class NumberPredictions(SplitPredictions):
 class StoredMaskPrediction:
     """Segmentation scores of one image, which are NaN if no foreground class is present or predicted.
 
-    `mask` is the file with the predicted mask in the run folder, or None if the mask is not stored.
+    `mask` is the path of the predicted mask in the run folder, or None if the mask is not stored.
     """
 
     index: int

@@ -1,4 +1,4 @@
-"""`Record`: dataclasses stored as JSON files and validated by pydantic.
+"""`Record`, the base class of dataclasses that are stored as JSON files and validated by pydantic.
 
 Fields are keys of the file. Fields with a default may be missing, and unknown keys are ignored.
 """
@@ -22,7 +22,7 @@ from snella_app.text import listed
 FORMAT = 1
 """Run folder format that this version of snella writes and reads."""
 Float = Annotated[float, Strict(), BeforeValidator(lambda value: math.nan if value is None else value)]
-"""Float whose NaN and infinities are null in the file. When the file is read, null becomes NaN."""
+"""Float whose NaN and infinite values are stored as null. When a file is read, null becomes NaN."""
 
 T = TypeVar("T")
 R = TypeVar("R", bound="Record")

@@ -52,7 +52,7 @@ class Scores(_Result):
 
     @property
     def margin(self) -> float:
-        """95% margin of the accuracy, the distance to the farther end of the Wilson interval. NaN without images.
+        """95% margin of the accuracy: distance to the farther end of the Wilson interval. NaN if there are no images.
 
         center = (a + z² / 2n) / (1 + z² / n),   half = z sqrt(a (1 - a) / n + z² / 4n²) / (1 + z² / n)
         """
@@ -65,7 +65,7 @@ class Scores(_Result):
 
     @property
     def balanced_margin(self) -> float:
-        """95% margin of the balanced accuracy. NaN without images.
+        """95% margin of the balanced accuracy. NaN if there are no images.
 
         z / K sqrt(Σ_c p_c (1 - p_c) / (n_c + 2)),   p_c = (correct_c + 1) / (n_c + 2), over the K classes present
         """
@@ -83,7 +83,7 @@ class Scores(_Result):
         return f"accuracy {percent_text(self.accuracy)}, balanced {percent_text(self.balanced_accuracy)}"
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
-        """Return label, value and note of each score."""
+        """Return the label, value, and note of each score."""
         images = f"{margin_text(self.margin)}, {count_text(self.images)} images" if self.images else ""
         balanced = ", ".join(filter(None, (margin_text(self.balanced_margin), "mean over classes")))
         return [
@@ -111,7 +111,7 @@ class ClassScores:
 class MaskScores(_Result):
     """Segmentation scores on one split: means over images, and scores pooled over all pixels.
 
-    Scores with `gps` in their names follow the code of the fine-tuning method GPS, which counts no false positives.
+    Scores with `gps` in their names follow the code of GPS, a fine-tuning method. They ignore false positives.
     """
 
     short: ClassVar[tuple[str, ...]] = ("dice", "iou", "dice_pooled", "iou_pooled", "images")
@@ -137,7 +137,7 @@ class MaskScores(_Result):
         )
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
-        """Return label, value and note of each score."""
+        """Return the label, value, and note of each score."""
         gps = f"{percent_text(self.dice_gps_foreground_only)}, {percent_text(self.iou_gps_foreground_only)}"
         return [
             (
@@ -156,7 +156,7 @@ class MaskScores(_Result):
 
 @dataclass(frozen=True, kw_only=True)
 class OrdinalScores(Scores):
-    """Ordinal classification scores on one split: also `mae` in ranks, and `kappa` with quadratic weights."""
+    """Ordinal classification scores on one split, including `mae` in ranks and `kappa` with quadratic weights."""
 
     short: ClassVar[tuple[str, ...]] = ("mae", "kappa", *Scores.short)
 
@@ -169,7 +169,7 @@ class OrdinalScores(Scores):
         return f"MAE {decimal_text(self.mae, 3)} ranks, kappa {kappa}, {super().text()}"
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
-        """Return label, value and note of each score."""
+        """Return the label, value, and note of each score."""
         return [
             (f"{split} MAE", decimal_text(self.mae, 3), f"ranks, mean over {count_text(self.images)} images"),
             (f"{split} kappa", decimal_text(self.kappa, 3), "quadratic weights; 1 is perfect, 0 is chance"),
@@ -179,7 +179,7 @@ class OrdinalScores(Scores):
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Multi-label scores of one label. Average precision, F1 and recall are NaN if no image has the label."""
+    """Multi-label scores of one label. Average precision, F1, and recall are NaN if no image has the label."""
 
     name: str
     support: int = 0
@@ -210,7 +210,7 @@ class LabelSetScores(_Result):
         return f"mAP {percent_text(self.map)}, {f1}"
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
-        """Return label, value and note of each score."""
+        """Return the label, value, and note of each score."""
         return [
             (f"{split} mAP", percent_text(self.map), f"mean over labels, {count_text(self.images)} images"),
             (f"{split} F1", percent_text(self.macro_f1), f"macro; micro {percent_text(self.micro_f1)}"),
@@ -238,7 +238,7 @@ class NumberScores:
 class RegressionScores(_Result):
     """Regression scores on one split.
 
-    `mae`, `rmse` and `r2` are means over targets. Targets can have different units, so `text` and `rows` report the
+    `mae`, `rmse`, and `r2` are means over targets. Targets can have different units, so `text` and `rows` report the
     errors by target and average only R².
     """
 
@@ -260,7 +260,7 @@ class RegressionScores(_Result):
         return f"MAE {measure_text(self.mae)}, RMSE {measure_text(self.rmse)}, R² {r2}"
 
     def rows(self, split: str) -> list[tuple[str, str, str]]:
-        """Return label, value and note of each score."""
+        """Return the label, value, and note of each score."""
         r2 = decimal_text(self.r2, 3)
         images = f"{count_text(self.images)} images"
         if len(self.per_target) > 1:
@@ -283,7 +283,7 @@ _SCORES_BY_ENTRY: dict[str, type[Any]] = {
     "rmse": RegressionScores,
     "kappa": OrdinalScores,
 }
-"""Class of scores by an entry that only this class has. `Scores` are the scores without any of these entries."""
+"""Scores class by an entry that only this class has. Scores without any of these entries become `Scores`."""
 
 
 def scores_from(values: Any) -> SplitScores:

@@ -1,8 +1,8 @@
 """Records of a run: `run.json`, `metrics.json`, `allocation.json`, `folds.json`.
 
-A run saves the adapter of its best epoch, which is selected by a score on the validation or test images, or of the last
-epoch if there is no selection. Instead, it can save an average of epochs. The budget of a matrix is the number of
-weights that its update may change.
+A run saves the adapter of its best epoch, selected by a score on the validation or test images, or the adapter of its
+last epoch if no epoch is selected. It can also save an average of epochs instead. The budget of a matrix is the number
+of weights that its update may change.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ class BackboneInfo:
     """Initial model of a run.
 
     Attributes:
-        name: Value of `--backbone`, or name of a generator's pipeline or language model.
+        name: Value of `--backbone`, or the name of a generator's pipeline or of a language model.
         weights: Weight file, if not part of the name.
-        pretrained: True for pre-trained weights. None for generators, as are `num_classes` and `seed`.
+        pretrained: True for pre-trained weights. None for generators. The same holds for `num_classes` and
+            `seed`.
         img_size: Requested input resolution in pixels.
         num_classes: Number of outputs of the head.
         seed: Seed of newly initialized weights.
@@ -63,18 +64,18 @@ class DataInfo:
 
     Attributes:
         spec: Value of `--data`.
-        seed: Seed of the splits.
+        seed: Seed of the run.
         sizes: Number of items by split.
-        digest: SHA-256 of classes, image names, labels, sample weights, groups and splits. For generators, SHA-256 of
+        digest: SHA-256 of classes, image names, labels, sample weights, groups, and splits. For generators, SHA-256 of
             the training files.
         contents: SHA-256 of the images and masks that the run read, by split. For language runs, SHA-256 of the
             template, under `template`. Empty for image generators.
         folder: Absolute path, or None for data without a folder.
         fold_part: Split that is a fold of a cross-validation, or None without cross-validation.
-        white: Value of 16-bit images mapped to white, if given.
+        white: Value of 16-bit images that maps to white, if given.
         read_side: Minimum shorter side of images that are decoded at a reduced resolution. None for images with masks,
             which are decoded at full resolution.
-        subject: Subject of a DreamBooth run, of class `class_name`, with images `files` in `folder`.
+        subject: Subject of a DreamBooth run. Its class is `class_name`, and its images are `files` in `folder`.
     """
 
     spec: str
@@ -100,7 +101,7 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """One confidence bin: mean confidence, fraction correct, number of images."""
+    """One confidence bin: mean confidence, fraction correct, and number of images."""
 
     confidence: Float
     accuracy: Float
@@ -144,7 +145,7 @@ class Calibration:
         temperature: Divisor of the logits; above 1 for an overconfident model.
         threshold: Lowest confidence such that validation images at or above it have at most half the overall error
             rate. None if there is no such threshold or no error.
-        coverage: Fraction of validation images whose probability reaches the threshold.
+        coverage: Fraction of validation images whose probability reaches the threshold, or 1 without a threshold.
         accuracy: Accuracy on these images.
         reliability: Calibration on validation and, if present, test images.
     """
@@ -216,7 +217,7 @@ class RunInfo(Record):
 
     @property
     def trained_head_temperature(self) -> float:
-        """Divisor of the trained head's logits, which is 1 if another head is calibrated."""
+        """Divisor of the trained head's logits, which is 1 if the calibration is for the final head."""
         return self.temperature if self.final_head == "trained" else 1.0
 
     @property
@@ -233,9 +234,9 @@ class RunInfo(Record):
 class EpochRow:
     """One epoch of training. Values that were not measured are NaN.
 
-    Epoch 0 is the model before training, evaluated if its head starts from a probe or from another run. `val_…` refers
-    to the images used for epoch selection, which are the test images if `Metrics.selected_on` is `test`. `is_denser`
-    marks an epoch above the target budget, which is not eligible for selection.
+    Epoch 0 is the model before training, which is evaluated if its head comes from a linear probe or another run.
+    `val_…` refers to the images used for epoch selection, which are the test images if `Metrics.selected_on` is `test`.
+    `is_denser` marks an epoch above the target budget, which is not eligible for selection.
     """
 
     epoch: int
@@ -292,8 +293,8 @@ class FinalHead:
 
     Attributes:
         layers: Indices in timm's `feature_info`, from 0.
-        is_saved: True if predictions use this head. False if it is worse on validation, for single-label classification
-            only if it is clearly worse.
+        is_saved: True if predictions use this head. False if it is worse on the validation images (for single-label
+            classification: clearly worse).
         metric: Name of the validation metric, or None without validation images.
         val: Validation score of the head fitted to the training images.
         val_trained: Validation score of the trained head.
@@ -329,7 +330,7 @@ class FinalHead:
 class Metrics(Record):
     """Results and costs of a run, or only the costs of a generator: `metrics.json`.
 
-    The file stores `val_…` of the history as `test_…` if the epoch was selected on test images.
+    The file stores the entries `val_…` of the history as `test_…` if the epoch was selected on test images.
     """
 
     file: ClassVar[str] = "metrics.json"
@@ -376,7 +377,7 @@ class Metrics(Record):
 
     @property
     def measured(self) -> tuple[str, SplitScores | None]:
-        """Main split and scores of a report: test if present, otherwise validation."""
+        """Main split and scores of a report: those of the test split if present, or else of the validation split."""
         return ("test", self.test) if self.test is not None else ("validation", self.val)
 
     @property
@@ -403,7 +404,7 @@ class Metrics(Record):
 
 
 def renamed(row: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
-    """Replace the prefix `old` with `new` in the names of a row."""
+    """Return a copy of a row in which the prefix `old` of names is replaced with `new`."""
     values: dict[str, Any] = {}
     for key, value in row.items():
         name = new + key.removeprefix(old) if key.startswith(old) else key
@@ -428,7 +429,8 @@ class MatrixInfo:
 class AllocationStep:
     """Allocation after optimizer step `step`, at time `t` of a schedule of `total` epochs or steps.
 
-    `budget` is the overall budget, `budgets` and `importance` are by matrix name.
+    `budget` is the overall budget; `budgets` and `importance` are by matrix name. The allocator distributes the
+    budget by importance.
     """
 
     step: int

@@ -1,7 +1,8 @@
-"""Figures of the weight budget: final allocation, history and importance.
+"""Figures of the weight budget: final allocation, history, and importance.
 
 The budget of a matrix is the number of entries of its update that can be nonzero, and its sparsity is the fraction of
-the other entries. A matrix with budget 0 is frozen.
+the remaining entries. A matrix with budget 0 is frozen. By default, the total budget is distributed
+among the matrices by importance.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Cell:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of update entries that are zero."""
+        """Fraction of update entries that must be zero."""
         return 1.0 - self.density
 
     @property
@@ -261,7 +262,7 @@ def budget_curve(allocation: Allocation, epochs: float | None) -> Figure:
 
 
 def budget_shares(allocation: Allocation, epochs: float | None, *, by_block: bool = False) -> Figure:
-    """Draw a stacked plot of the budget shares by matrix type or by block. Arguments are as for `budget_curve`."""
+    """Draw a stacked plot of the budget shares by matrix type or block. Arguments are as for `budget_curve`."""
     grid = group_matrices(allocation.matrices, {matrix.name: matrix.size for matrix in allocation.matrices})
     groups: list[str | int | None] = [*(grid.depths if by_block else grid.kinds)]
     group_indices: dict[str, int] = {}
@@ -281,7 +282,7 @@ def budget_shares(allocation: Allocation, epochs: float | None, *, by_block: boo
         last = max(len(groups) - 1, 1)
         positions = [0.12 + 0.88 * i / last for i in range(len(groups))]
         colors = [to_hex(depth_scale(position), True) for position in positions]
-    if len(times) == 1:  # an area needs two points
+    if len(times) == 1:  # a stacked area needs two points
         times = [times[0], times[0] + 1]
         shares = np.repeat(shares, 2, axis=1)
     handles = axes.stackplot(times, shares, colors=colors, edgecolor=PANEL, linewidth=0.8)
@@ -371,7 +372,7 @@ def _is_drawn(value: float) -> bool:
 
 
 def log_axis(axes: Axes) -> None:
-    """Make the y-axis logarithmic, with ticks at powers of ten, and for small ranges also at 2 and 5 times these."""
+    """Make the y-axis logarithmic, with ticks at powers of ten and, for small ranges, at 2 and 5 times these powers."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 50 else (1, 2, 5), numticks=9))
@@ -389,5 +390,5 @@ def _power_of_ten(value: float, _: object = None) -> str:
 
 
 def _percent(share: float) -> str:
-    """Format a fraction in percent without decimals. Values below 1 are at most 99, because 100 means frozen."""
+    """Format a fraction in percent without decimals. Fractions below 1 give at most 99, because 100 means frozen."""
     return "100" if share == 1 else str(min(round(100 * share), 99))

@@ -34,14 +34,14 @@ def model_card(
 ) -> str:
     """Return the model card of a run.
 
-    The metadata block contains library, base model, task, tags and results. The license is unknown: a comment in the
-    metadata and a section of the text ask the user to fill it in.
+    The metadata block contains the library, the base model, the task, tags, and results, as far as they are known. The
+    license is unknown; a comment in the metadata and a section of the text ask the user to fill it in.
 
     Args:
         run: Run folder.
-        use: Instructions for loading and using the model, Markdown.
+        use: Instructions for loading and using the model, in Markdown.
         name: Name of the model. If None, it is derived from the method and the data.
-        library: Library that loads the model: timm, peft, transformers or snella.
+        library: Library that loads the model: timm, peft, transformers, or snella.
         tags: Tags in addition to the task and `snella`.
         has_final_head: False if `use` loads only the trained head. The metadata then omits the results of a final head
             on several layers, and the text says which head they belong to.
@@ -62,7 +62,7 @@ def model_card(
     unused_head = None if metrics is None or has_final_head else metrics.final_head
     if metrics is not None and unused_head is not None and unused_head.is_saved:
         note = f"These are the results in snella, with the {unused_head.name}. The code above uses the trained head"
-        # if the last epoch is saved, the stored score belongs to another epoch, the best one
+        # if the last epoch is saved, the stored score belongs to a different epoch, the best one
         if unused_head.metric is not None and not metrics.replaces_best_epoch:
             metric = unused_head.metric.replace("_", " ")
             note += f", whose validation {metric} is {unused_head.val_trained:.4f}"
@@ -106,7 +106,7 @@ def _base_model(info: RunInfo) -> str | None:
 
 
 def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[Any] | None:
-    """Return the evaluation results for the Hub, or None without scores or a Hub tag of the task."""
+    """Return the evaluation results for the Hub, or None if there are no scores or no Hub tag for the task."""
     from huggingface_hub import EvalResult
 
     if metrics is None or tag is None:
@@ -121,7 +121,7 @@ def _results(info: RunInfo, metrics: Metrics | None, tag: str | None) -> list[An
 
 
 def _summary(info: RunInfo) -> str:
-    """Return a summary of the backbone, task, method and classes."""
+    """Return a summary of the backbone, task, method, and classes."""
     weights = f", weights {_code(info.backbone.weights)}" if info.backbone.weights else ""
     text = f"{_code(info.backbone.name)}{weights}, fine-tuned for {info.task} with {_code(info.method)}, using snella."
     if not info.classes:
@@ -135,7 +135,7 @@ def _summary(info: RunInfo) -> str:
 
 
 def _results_table(metrics: Metrics | None) -> str:
-    """Return the section of results with a Markdown table, or an empty text without results."""
+    """Return the results section with a Markdown table, or an empty string if there are no results."""
     if metrics is None:
         return ""
     splits = [("test", metrics.test), ("validation", metrics.val)]
@@ -158,7 +158,7 @@ def _results_table(metrics: Metrics | None) -> str:
 
 
 def _data(info: RunInfo) -> list[tuple[str, str]]:
-    """Return facts about the data: description, image counts, preprocessing and notes."""
+    """Return facts about the data: description, image counts, preprocessing, and notes."""
     sizes = ", ".join(f"{split_text(part)} {count_text(size)}" for part, size in info.data.sizes.items())
     preprocessing = {name: info.data_config[name] for name in _PREPROCESSING if name in info.data_config}
     return [
@@ -170,7 +170,7 @@ def _data(info: RunInfo) -> list[tuple[str, str]]:
 
 
 def _training(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
-    """Return facts about the training: method, trainable parameters, epoch, time, final head, command and versions."""
+    """Return facts about the training: method, trainable parameters, epoch, time, final head, command, and versions."""
     options = _escape(plain_text(info.method_options))
     rows = [("Method", ", ".join(filter(None, (_code(info.method), options))))]
     if metrics is not None:
@@ -197,5 +197,5 @@ def _code(text: str) -> str:
 
 
 def _fact_list(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """Return a section with a list of the facts that are not empty."""
+    """Return a section that lists the nonempty facts."""
     return f"## {title}\n\n" + "\n".join(f"- {name}: {text}" for name, text in rows if text)

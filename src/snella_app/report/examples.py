@@ -1,4 +1,4 @@
-"""Example images of the report, and mask overlays."""
+"""Example images for the report, and mask overlays."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def choose_examples(
 ) -> tuple[list[StoredPrediction], list[StoredPrediction]]:
     """Choose up to `limit` predictions, `(wrong, correct)`, half wrong and half correct if possible.
 
-    Wrong predictions are the most confident ones; correct predictions are evenly spaced among all correct ones.
+    The wrong predictions are the most confident ones; the correct ones are evenly spaced among all that are correct.
     """
     wrong = sorted((item for item in items if not item.is_correct), key=lambda item: -item.probability)
     correct = [item for item in items if item.is_correct]
@@ -126,7 +126,7 @@ def embed_image(index: int, images: ImageLoader | None, max_side: int = 176) -> 
 def image_data_uri(image: Image.Image, max_side: int = 176) -> tuple[str, int, int]:
     """Return an image as a PNG data URI of at most `max_side` pixels per side, with its width and height.
 
-    Smaller images keep their size. The report enlarges those below 96 px without smoothing.
+    Smaller images keep their size. The report enlarges images smaller than 96 px without smoothing.
     """
     has_transparency = "A" in image.getbands() or "transparency" in image.info
     image = image.convert("RGBA" if has_transparency else "RGB")

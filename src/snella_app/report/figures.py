@@ -1,6 +1,6 @@
-"""Figures and report sections: learning curves, confusion matrix, method comparison, calibration and ranking.
+"""Figures and report sections: learning curves, confusion matrix, method comparison, calibration, and ranking.
 
-Drawing functions return a `matplotlib.figure.Figure`, and do not use Matplotlib's global state. The functions
+The drawing functions create a `matplotlib.figure.Figure` without using Matplotlib's global state. The functions
 `…_section` return the template variables of a section, which are None or empty if the run has no data for it.
 """
 
@@ -58,7 +58,7 @@ def loss_curves(metrics: Metrics) -> Figure:
 
 
 class _Curves(NamedTuple):
-    """Title, description and lines of `score_curves`.
+    """Title, description, and lines of `score_curves`.
 
     A line is a tuple `(label, field of EpochRow, color)`. `is_share` is True if the scores are fractions.
     """
@@ -205,7 +205,7 @@ def _curves(metrics: Metrics, title: str, lines: Sequence[tuple[str, str, str]])
 
 
 def _bar_axes(rows: Sequence[MethodResult], title: str) -> tuple[Figure, Axes]:
-    """Return axes for horizontal bars with the first row on top."""
+    """Return a figure and its axes for horizontal bars, with the first row at the top."""
     figure, axes = new_figure(FIGURE_SIZE[0], 120 + 46 * len(rows), title)
     axes.set_yticks(range(len(rows)), [shortened(row.method) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -286,7 +286,7 @@ def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
 
 
 def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
-    """Return image count, recall and precision by class: lowest recall first, classes without images last."""
+    """Return image count, recall, and precision by class: lowest recall first, classes without images last."""
     rows: list[dict[str, Any]] = []
     for i, name in enumerate(info.classes):
         images = sum(scores.confusion[i])
@@ -301,7 +301,7 @@ def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
 def calibration_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
     """Return reliability and coverage curves of a calibrated run.
 
-    `predictions` are the stored ones, which are not yet scaled with the temperature.
+    `predictions` are the stored predictions, which are not yet scaled with the temperature.
     """
     calibration = info.calibration
     if calibration is None or not calibration.reliability:
@@ -337,9 +337,9 @@ def calibration_section(info: RunInfo, predictions: Predictions) -> dict[str, An
 
 
 def ranking_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
-    """Return precision-recall curves over all thresholds, and the ROC curve for two classes.
+    """Return precision-recall curves over all thresholds and, for two classes, the ROC curve.
 
-    Returns None if the predicted images have fewer than two classes.
+    Returns None if the labels of the predicted images contain fewer than two classes.
     """
     labels = np.array([item.label for item in predictions.items])
     scores = np.array([item.probabilities for item in predictions.items])
@@ -433,11 +433,11 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray, name: str) -> tuple[Figure
 def precision_recall_curves(
     labels: np.ndarray, scores: np.ndarray, classes: list[str]
 ) -> tuple[Figure, dict[str, float]]:
-    """Draw one-vs-rest precision against recall by class.
+    """Draw one-vs-rest precision against recall for each class.
 
     Args:
         labels: `[images]`, class indices.
-        scores: `[images, classes]`.
+        scores: `[images, classes]`, probabilities.
         classes: Class names. Classes without images are omitted, and only the six with the lowest average precision
             are drawn.
 

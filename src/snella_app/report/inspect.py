@@ -1,4 +1,4 @@
-"""Terminal summary of a run: status, scores, budgets, sparsity, sizes and settings.
+"""Terminal summary of a run: status, scores, budgets, sparsity, sizes, and settings.
 
 The budget of a matrix is the number of weights that its update may change. A matrix with budget 0 is frozen.
 """
@@ -32,7 +32,7 @@ _REMEDY = "copy the adapter again, or train again with `--overwrite`"
 _RESTORE = "restore from a copy, or train again with `--overwrite`"
 _MISSING = "missing; restore the folder `adapter` from a copy, or train again with `--overwrite`"
 _FILES = ("adapter_model.safetensors", "trainable.safetensors")
-"""Names of the adapter file: of PEFT adapters, and of other methods."""
+"""Names of the adapter file, for PEFT adapters and for other methods."""
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _INDEX_BYTES = 4
 _PART = re.compile(r"\.(?P<part>(?:snella|lora)_(?!embedding)\w+?)(?:\.weight|\.\d+)?$")
@@ -44,7 +44,7 @@ class AdapterFile:
     """Header and configuration of an adapter file, without the values of its tensors.
 
     Attributes:
-        path: File.
+        path: Path of the file.
         shapes: Tensor shapes by name.
         value_bytes: Bytes per trained value: size of the widest floating-point dtype in the file.
         parts: Number of values by tensor type, e.g. `snella_A`, `lora_B`, `snella_budget`, `positions` (indices of
@@ -122,7 +122,7 @@ def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[
 
 
 def current_budgets(adapter: AdapterFile | None, allocation: Allocation | None) -> dict[str, int]:
-    """Return the budget of each matrix by name: from the saved adapter if present, otherwise from `allocation.json`."""
+    """Return the budget of each matrix by name, from the saved adapter if it has budgets, or from `allocation.json`."""
     if allocation is None:
         return {}
     saved = {} if adapter is None else saved_budgets(adapter, allocation.matrices)
@@ -150,7 +150,7 @@ def inspect_run(run: str | Path) -> Group:
 
     Raises:
         FileNotFoundError: If `run.json`, or a finished run's `metrics.json` or `allocation.json`, is missing.
-        ValueError: If a file is damaged, the adapter belongs to another run, or the folder is a cross-validation run.
+        ValueError: If a file is damaged, the adapter belongs to another run, or the run is a cross-validation.
     """
     folder = Path(run)
     reject_cross_validation(folder)
@@ -198,7 +198,7 @@ def _facts_table(rows: Iterable[tuple[str, str]], **options: Any) -> Table:
 
 
 def _epoch_rows(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
-    """Return rows for backbone, data, scores and epoch selection."""
+    """Return rows for the backbone, data, scores, and epoch selection."""
     backbone, data = info.backbone, info.data
     noun, plural = ("target", "targets") if info.task == "regression" else ("class", "classes")
     rows = [
@@ -231,7 +231,7 @@ def _epoch_rows(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]
 def _file_rows(
     folder: Path, info: RunInfo, metrics: Metrics | None, adapter: AdapterFile | None
 ) -> list[tuple[str, str]]:
-    """Return rows for missing files, trained parameters and the adapter file."""
+    """Return rows for missing files, the number of trainable parameters, and the adapter file."""
     rows = []
     if missing := [name for name in info.files or {} if not (folder / name).is_file()]:
         rows.append(("missing", f"{', '.join(missing)}; {_RESTORE}"))
@@ -260,7 +260,7 @@ def _budget_rows(allocation: Allocation, budget: int, adapter: AdapterFile | Non
 
 
 def _grid_table(grid: MatrixGrid) -> Table:
-    """Return sparsity in percent, one row per block and one column per matrix type."""
+    """Return a table of the sparsity in percent, with one row per block and one column per matrix type."""
     table = Table(title="Sparsity in percent (× frozen)", title_justify="left", title_style="bold", box=None)
     table.add_column("block", justify="right", style="dim")
     for kind in grid.kinds:
@@ -295,7 +295,7 @@ def _nonzeros_text(allocation: Allocation, budgets: Mapping[str, int], adapter: 
 
 
 def _generator_rows(folder: Path, info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]:
-    """Return rows for the model, data, steps, loss and scores of a generator."""
+    """Return rows for the model, data, steps, loss, and scores of a generator."""
     backbone, data = info.backbone, info.data
     is_image_generator = info.task == "generation"
     size = f", {backbone.img_size}×{backbone.img_size} px" if backbone.img_size else ""
@@ -317,13 +317,13 @@ def _generator_rows(folder: Path, info: RunInfo, metrics: Metrics | None) -> lis
         named_values = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in values.items()]
         rows.append(("scores", ", ".join(named_values)))
     if not is_image_generator and (answers := read_if_present(AnswerScores, folder)) is not None:
-        each = ", ".join(f"{name} {percent_text(scores.accuracy)}" for name, scores in answers.tasks.items())
-        rows.append(("accuracy", f"{percent_text(answers.mean)}, the mean of {each}"))
+        accuracies = ", ".join(f"{name} {percent_text(scores.accuracy)}" for name, scores in answers.tasks.items())
+        rows.append(("accuracy", f"{percent_text(answers.mean)}, the mean of {accuracies}"))
     return rows
 
 
 def _loss_text(curve: dict[str, Any]) -> str:
-    """Describe the loss: on fixed noise if measured, otherwise at the end and the beginning of training."""
+    """Describe the loss: on fixed noise if measured, or else at the end and the beginning of training."""
     if curve["fixed_after"] is not None:
         return f"{curve['fixed_after']:.5f} on fixed noise, {plain_text(curve['fixed_before'])} before training"
     if curve["last"] is None:

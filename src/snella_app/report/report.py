@@ -71,7 +71,7 @@ _PREDICTION_FIELDS = {
 """Attributes of a prediction that the Python example prints, by task; other tasks predict one class."""
 _SHORT_METRICS = {"map": "mAP", "mae": "MAE", "rmse": "RMSE", "r2": "R²"}
 _RESULTS = ("warning", "verdict", "results", "facts", "curves", "confusion", "classes", "labels", "numbers")
-"""Variables of the sections that show metrics, which are omitted before the first epoch."""
+"""Variables of the sections that show metrics. These sections are omitted before the first epoch."""
 _OPTIMISTIC = (
     "Protocol {}: the best epoch was selected on the test images. The test results are optimistic and not comparable "
     "with runs that select on the validation images."
@@ -81,7 +81,7 @@ _ONLY_VALIDATION = (
     "result."
 )
 Fact = tuple[str, str, str]
-"""Label, value and note of a number in the report."""
+"""Label, value, and note of a number in the report."""
 
 
 def results_section(metrics: Metrics, marks: Sequence[tuple[str, float]]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def results_section(metrics: Metrics, marks: Sequence[tuple[str, float]]) -> dic
 
 
 def method_facts(metrics: Metrics, allocation: Allocation | None, budgets: Mapping[str, int]) -> list[Fact]:
-    """Return the trainable parameters, the budget, the final head and the peak memory, as far as they are known."""
+    """Return the trainable parameters, the budget, the final head, and the peak memory, as far as they are known."""
     facts = [_count_fact("trainable parameters", metrics.trainable_parameters)]
     if allocation is not None:
         total_budget = sum(budgets.values())
@@ -138,7 +138,7 @@ def method_facts(metrics: Metrics, allocation: Allocation | None, budgets: Mappi
 
 
 def _selection_warning(metrics: Metrics) -> str:
-    """Return a warning if the main scores come from the images used for epoch selection, otherwise an empty text."""
+    """Return a warning if the main scores come from the images used for epoch selection, or an empty string."""
     if metrics.selected_on == "test":
         return _OPTIMISTIC.format(metrics.protocol)
     is_only_split = metrics.selected_on == "val" and metrics.test is None and metrics.val is not None
@@ -165,8 +165,8 @@ def _saved_epoch(metrics: Metrics) -> str:
 def groups_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
     """Return the accuracy of each group of images (patient, site, video), lowest first.
 
-    Returns None for fewer than two groups. Of more than 30 groups, only the 30 lowest are listed, without those that
-    have no wrong predictions unless none has any.
+    Returns None for fewer than two groups. If there are more than 30 groups, only the 30 lowest are listed. Groups
+    without wrong predictions are then omitted as well, unless no group has wrong predictions.
     """
     by_group: dict[str, list[StoredPrediction]] = {}
     for item in predictions.items:
@@ -222,7 +222,7 @@ def _most_frequent(scores: Scores) -> tuple[int, float]:
 
 
 def verdict_text(info: RunInfo, metrics: Metrics) -> str:
-    """Describe the result in comparison with a baseline. The text is empty for segmentation, and without scores."""
+    """Describe how the result compares with a baseline. The text is empty for segmentation, and without scores."""
     split, scores = metrics.measured
     if isinstance(scores, LabelSetScores):
         return targets.label_set_verdict(scores, split)
@@ -253,9 +253,9 @@ def verdict_text(info: RunInfo, metrics: Metrics) -> str:
 def update_section(
     adapter: AdapterFile | None, allocation: Allocation | None, budgets: Mapping[str, int] | None = None
 ) -> dict[str, Any] | None:
-    """Return the update of the deepest query projection that is not frozen.
+    """Return the update of the deepest query projection, or of the last matrix if there is no query projection.
 
-    Returns None if `adapter_updates` finds no update.
+    Frozen matrices are considered only if all matrices are frozen. Returns None if `adapter_updates` finds no update.
     """
     infos = {} if allocation is None else {matrix.name: matrix for matrix in allocation.matrices}
     source = None if adapter is None else adapter_updates(adapter, infos)
@@ -274,7 +274,7 @@ def update_section(
 def allocation_section(
     info: RunInfo, metrics: Metrics | None, allocation: Allocation | None, budgets: dict[str, int]
 ) -> dict[str, Any] | None:
-    """Return the sparsity map, budgets and importance over time, and the table of matrices.
+    """Return the sparsity map, the budgets and the importance over time, and the table of matrices.
 
     Returns None for methods without budgets.
     """
@@ -348,7 +348,7 @@ def _class_predictions(folder: Path, info: RunInfo) -> Predictions:
 
 
 def examples_section(info: RunInfo, predictions: Predictions, images: ImageLoader | None) -> dict[str, Any] | None:
-    """Return sample images with calibrated predictions, as from `snella predict`, or None without predictions."""
+    """Return sample images with calibrated predictions, as in `snella predict`, or None if none are stored."""
     if not predictions.items:
         return None
     if info.calibration is not None:
@@ -417,7 +417,7 @@ class Use:
 
 
 def uses(folder: Path, task: str, method: str) -> list[Use]:
-    """Return command lines and Python code that use a run.
+    """Return command lines and Python code for using a run.
 
     Args:
         folder: Run folder.
@@ -535,12 +535,12 @@ def write_report(
 
 
 def write_page(folder: Path, package: str, context: Mapping[str, Any], name: str = "report.html") -> Path:
-    """Render a package's template in the report style and write it atomically.
+    """Render a package's template in the report style, and write the page atomically.
 
     Args:
         folder: Output folder.
         package: Package with the template `{name}.jinja`.
-        context: Template variables. `style`, `script` (copy buttons) and `script_digest` (hash that the content
+        context: Template variables. `style`, `script` (copy buttons), and `script_digest` (hash that the content
             security policy allows) are added.
         name: File name of the page.
 

@@ -1,7 +1,7 @@
 """Figure style, and output as inline SVG.
 
 One figure unit is one CSS pixel (72 dots per inch), so font size 12 is 12 px on the page. Figures are drawn with fixed
-colors, which `inline_svg` replaces with CSS variables, so that one figure serves light and dark mode.
+colors, which `inline_svg` replaces with CSS variables, so that one figure serves both light and dark mode.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _styled(axes: Axes, title: str) -> Axes:
 
 
 def plot_line(axes: Axes, x: Sequence[float], y: Sequence[float], color: str) -> list[Line2D]:
-    """Plot a line, with a marker at each of up to 30 points."""
+    """Plot a line, with a marker at each point if there are at most 30 points."""
     return axes.plot(x, y, color=color, linewidth=2, marker="o" if len(x) <= 30 else "", markersize=4)
 
 
@@ -130,7 +130,7 @@ def add_legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str],
 
 
 def accent_map() -> ListedColormap:
-    """Return the color map from transparent to the accent color."""
+    """Return the color map from nearly transparent to the accent color."""
     red, green, blue = to_rgb(ACCENT)
     return ListedColormap([(red, green, blue, 0.04 + 0.96 * i / 255) for i in range(256)], name="accent")
 
@@ -186,12 +186,12 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
 
     Args:
         figure: Figure to convert.
-        name: Prefix of all ids, which must be unique on the page and consist of letters, digits and hyphens.
+        name: Prefix of all ids. It must be unique on the page and consist of letters, digits, and hyphens.
         description: Alternative text.
     """
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
-        # text is not drawn with Matplotlib's font, so glyphs that are missing from it are no problem
+        # text is not drawn with Matplotlib's font, so missing glyphs do not matter
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()
@@ -199,7 +199,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
     referenced_ids = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
 
     def with_prefix(attribute: re.Match[str]) -> str:
-        """Return the id attribute with the prefix, or no attribute if nothing refers to the id."""
+        """Return the id attribute with the prefix, or an empty string if nothing refers to the id."""
         if attribute[1] not in referenced_ids:
             return ""
         return f' id="{name}-{attribute[1]}"'

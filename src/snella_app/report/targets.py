@@ -1,4 +1,4 @@
-"""Report sections for multi-label, regression and segmentation targets.
+"""Report sections for multi-label, regression, and segmentation targets.
 
 The functions `…_section` return None for runs of other tasks.
 """
@@ -38,7 +38,7 @@ from snella_app.report.style import (
 from snella_app.text import measure_text, percent_text
 
 _SHOWN = 12
-"""Cards per group."""
+"""Maximum number of cards per group."""
 _MAX_SIDE = 800  # maximum width and height of an image with masks, in pixels
 _MAX_POINTS = 2_000  # maximum number of points in a scatter plot
 _MAX_RANGES = 5  # maximum number of box plots in a figure
@@ -134,7 +134,7 @@ def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> F
 
 
 def label_set_verdict(scores: LabelSetScores, split: str) -> str:
-    """Describe the result in comparison with a random ranking."""
+    """Describe how the result compares with a random ranking."""
     present = [row for row in scores.per_class if row.support]
     if not present:
         return f"No label occurs on the {scores.images:,} {split} images, so the average precision is undefined."
@@ -151,14 +151,14 @@ def label_set_verdict(scores: LabelSetScores, split: str) -> str:
 
 
 def regression_verdict(scores: RegressionScores, split: str) -> str:
-    """Describe the result in comparison with predicting the training median. Without targets, the text is empty."""
+    """Describe how the result compares with predicting the training median. The text is empty without targets."""
     sentences = []
     for row in scores.per_target:
         reduction = 1 - row.mae / row.baseline_mae if row.baseline_mae else math.nan
         compared = f"{percent_text(reduction)} lower than" if reduction > 0 else "no lower than"
         sentences.append(
             f"the mean absolute error of {row.name} is {measure_text(row.mae)}, {compared} "
-            f"always predicting the median of the training targets ({measure_text(row.baseline_mae)})"
+            f"that of always predicting the median of the training targets ({measure_text(row.baseline_mae)})"
         )
     return f"On {scores.images:,} {split} images, {'; '.join(sentences)}." if sentences else ""
 
@@ -175,12 +175,12 @@ def label_cards(
 
     def card(row: int) -> Card:
         item = predictions.items[row]
-        shares = [percent_text(probability) for probability in item.probabilities]
-        predicted_labels = [f"{classes[c]} {shares[c]}" for c in np.flatnonzero(predicted[row]).tolist()]
+        percentages = [percent_text(probability) for probability in item.probabilities]
+        predicted_labels = [f"{classes[c]} {percentages[c]}" for c in np.flatnonzero(predicted[row]).tolist()]
         true_labels: list[str] = []
         for c in item.labels:
             is_missed = not predicted[row, c]
-            true_labels.append(f"{classes[c]} ({shares[c]})" if is_missed else classes[c])
+            true_labels.append(f"{classes[c]} ({percentages[c]})" if is_missed else classes[c])
         predicted_text = ", ".join(predicted_labels) or "no label"
         true_text = ", ".join(true_labels) or "no label"
         return Card(item.name, not is_wrong[row], predicted_text, true_text, embed_image(item.index, images))
@@ -218,9 +218,9 @@ def number_cards(
 
 
 def labels_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageLoader | None) -> dict[str, Any] | None:
-    """Return the table of labels, precision-recall curves and images.
+    """Return the table of labels, the precision-recall curves, and the images.
 
-    The table is of the test split if present. The curves and images are of the split in `predictions.json`.
+    The table shows the test split if present. The curves and images show the split in `predictions.json`.
     """
     split, scores = metrics.measured
     if not isinstance(scores, LabelSetScores):
@@ -242,9 +242,9 @@ def labels_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageL
 
 
 def numbers_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageLoader | None) -> dict[str, Any] | None:
-    """Return the table of targets, scatter plots, errors by range, and images.
+    """Return the table of targets, the scatter plots, the errors by range, and the images.
 
-    The table is of the test split if present. The plots and images are of the split in `predictions.json`.
+    The table shows the test split if present. The plots and images show the split in `predictions.json`.
     """
     split, scores = metrics.measured
     if not isinstance(scores, RegressionScores):
@@ -319,7 +319,7 @@ def _groups(errors: np.ndarray, card: Any, note: str) -> list[dict[str, Any]]:
 
 
 def _label_arrays(predictions: LabelSetPredictions, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return probabilities and binary labels, `[images, classes]` each."""
+    """Return the probabilities and the binary labels, `[images, classes]` each."""
     probabilities = np.asarray([item.probabilities for item in predictions.items])
     truth = np.zeros((len(predictions.items), classes))
     for row, item in enumerate(predictions.items):
@@ -328,7 +328,7 @@ def _label_arrays(predictions: LabelSetPredictions, classes: int) -> tuple[np.nd
 
 
 def _number_arrays(predictions: NumberPredictions) -> tuple[np.ndarray, np.ndarray]:
-    """Return true and predicted values, `[images, targets]` each."""
+    """Return the true and the predicted values, `[images, targets]` each."""
     truth = [item.values for item in predictions.items]
     predicted = [item.predicted for item in predictions.items]
     return np.asarray(truth), np.asarray(predicted)

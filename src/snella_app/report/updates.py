@@ -1,6 +1,6 @@
 """Updates of weight matrices, computed from an adapter file, and their figures.
 
-An update is the matrix that an adapter adds to a weight matrix. A fused layer contains several matrices, such as q, k
+An update is the matrix that an adapter adds to a weight matrix. A fused layer contains several matrices, such as q, k,
 and v, which have separate updates.
 """
 
@@ -34,7 +34,7 @@ MAX_CELLS = 128
 """Maximum number of rows and columns of a drawn matrix; larger matrices are downsampled."""
 
 UpdateSource = tuple[dict[str, tuple[int, int]], Callable[[str], Tensor]]
-"""Shapes `[out, in]` by matrix name, and a function that returns the scaled update of a name in float32."""
+"""Shapes `[out, in]` by matrix name, and a function that returns the scaled update of a matrix by name, in float32."""
 
 
 def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource | None:
@@ -97,7 +97,7 @@ def _modules(adapter: AdapterFile, suffix: str) -> list[str]:
 
 
 def _is_plain_lora(adapter: AdapterFile) -> bool:
-    """Return whether every update is `scaling · B A` of two matrices in the file, with the same scaling."""
+    """Return whether every update is `scaling · B A`, with two matrices in the file and the same scaling."""
     keys = [key for key in adapter.shapes if ".lora_" in key]
     settings = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
     if not keys or adapter.config.get("peft_type") != "LORA":
@@ -110,7 +110,7 @@ def _is_plain_lora(adapter: AdapterFile) -> bool:
 
 
 def _lora_updates(adapter: AdapterFile) -> UpdateSource:
-    """Return the updates of a LoRA adapter, `scaling · B A`, with fused qkv layers split into q, k and v."""
+    """Return the updates of a LoRA adapter, `scaling · B A`, with fused qkv layers split into q, k, and v."""
     rank = adapter.config["r"]
     divisor = rank**0.5 if adapter.config.get("use_rslora") else rank
     scaling = adapter.config.get("lora_alpha", _LORA_ALPHA) / divisor
@@ -138,8 +138,8 @@ def _lora_updates(adapter: AdapterFile) -> UpdateSource:
 def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> list[str]:
     """Return the names of the matrices in a layer, which is fused if `groups` is more than 1.
 
-    If `infos` contains the matrices, their names there are returned. Otherwise, the names end with q, k and v for three
-    matrices, and with an index for other numbers.
+    If `infos` contains the matrices, their names there are returned. Otherwise, the names end with q, k, and v for
+    three matrices, and with an index for any other number of matrices.
     """
     if groups == 1:
         return [module]
@@ -151,7 +151,7 @@ def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> lis
 
 
 def _downsample(values: Tensor, side: int = MAX_CELLS) -> np.ndarray:
-    """Downsample a matrix to at most `side` cells per side. Each cell shows its entry of largest magnitude."""
+    """Downsample a matrix to at most `side` cells per side. Each cell shows its largest entry in magnitude."""
     rows, columns = (max(1, -(-size // side)) for size in values.shape)
     missing_rows = -values.shape[0] % rows
     missing_columns = -values.shape[1] % columns
@@ -162,9 +162,9 @@ def _downsample(values: Tensor, side: int = MAX_CELLS) -> np.ndarray:
 
 
 def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:
-    """Draw one panel per run with the signs and magnitudes of the update.
+    """Draw one panel per update, with the signs and magnitudes of its entries.
 
-    Each panel has its own color scale, which ends at the 99% quantile of the magnitudes that are not zero.
+    Each panel has its own color scale, which ends at the 99% quantile of the nonzero magnitudes drawn.
     """
     columns = min(len(updates), 3)
     panel_rows = -(-len(updates) // columns)

@@ -1,4 +1,4 @@
-"""Run folders, and operations on trained runs: evaluation, prediction, merging, export and serving.
+"""Run folders, and operations on trained runs: evaluation, prediction, merging, export, and serving.
 
 Public names are imported on first use, because most of their modules import torch.
 """

@@ -1,6 +1,6 @@
-"""Temperature scaling of a classifier, and its threshold for unsure predictions.
+"""Temperature scaling of a classifier, and a confidence threshold below which its predictions are unsure.
 
-A temperature T divides the logits before the softmax, so that the probability of a predicted class, its confidence,
+A temperature T divides the logits before the softmax, so that the confidence (the probability of the predicted class)
 matches the fraction of correct predictions.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from snella_app.records.run import Calibration, Reliability, ReliabilityBin
 
 MAX_BINS = 15  # maximum number of confidence bins of a split
-_MIN_BIN_SIZE = 12  # minimum images per bin; keeps the standard error of its accuracy below 15 points
+_MIN_BIN_SIZE = 12  # minimum images per bin; keeps the standard error of the bin's accuracy below 15 percentage points
 _MIN_TEMPERATURE = 0.05
 _MAX_TEMPERATURE = 20.0
 _TINY = 1e-38  # replaces probabilities that float32 rounds to 0, which have no logarithm
@@ -116,7 +116,7 @@ def reliability_bins(confidence: Tensor, is_correct: Tensor) -> list[Reliability
 
 
 def unsure_threshold(confidence: Tensor, is_correct: Tensor) -> tuple[float | None, float, float]:
-    """Find the lowest confidence threshold that halves the error rate.
+    """Find the lowest confidence threshold that at least halves the error rate.
 
     Args:
         confidence: Highest probability of each image, `[images]`, in [0, 1].
@@ -124,7 +124,7 @@ def unsure_threshold(confidence: Tensor, is_correct: Tensor) -> tuple[float | No
 
     Returns:
         The threshold, rounded down to six decimals, the fraction of images at or above it, and their accuracy. If there
-        are no errors, or no threshold halves the error rate, returns None, 1 and the accuracy of all images.
+        are no errors, or no threshold halves the error rate, returns None, 1, and the accuracy of all images.
     """
     order = confidence.argsort(descending=True, stable=True)
     sorted_confidence = confidence[order]

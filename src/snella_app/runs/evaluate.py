@@ -94,7 +94,7 @@ def evaluate(
         data: Data to evaluate on instead of the run's data: a specification as for training, or a dataset object.
             The run must have been trained on all classes of the data.
         split: Split to evaluate. `"auto"` selects the test split of the run, or its validation split if it has no test
-            split. For other data, it selects all images.
+            split. For other data, `"auto"` selects all images.
         batch_size: Batch size.
         columns: Columns of a table, as for training. None uses the columns of the run.
         skip_corrupt: Skip images that cannot be read.
@@ -143,11 +143,11 @@ def _check_batch_size(batch_size: int) -> None:
 def _training_note(
     loaded: LoadedRun, run_splits: DataSplits | None, datasets: Sequence[ImageDataset], split: Split
 ) -> str | None:
-    """Return a note if evaluated images are also training images of the run, else None.
+    """Return a note if the run was, or may have been, trained on evaluated images, and None otherwise.
 
     Args:
         loaded: The run.
-        run_splits: Splits of the run's data; None if other data is evaluated.
+        run_splits: Splits of the run's data, or None if different data is evaluated.
         datasets: Evaluated images.
         split: Evaluated split.
     """
@@ -260,7 +260,7 @@ def images_for_run(
     Arguments and errors are as for `evaluate`.
 
     Returns:
-        Splits of the data, name of the selected split, and the datasets of this split.
+        The splits of the data, the name of the selected split, and its datasets.
     """
     splits, is_run_data = _load_splits(loaded, data, split, skip_corrupt, columns)
     chosen = _resolve_split(split, splits) if is_run_data or split != "auto" else "all"
@@ -281,7 +281,7 @@ def _spec(loaded: LoadedRun, data: Any) -> str:
 def _load_splits(
     loaded: LoadedRun, data: Any, split: Split, skip_corrupt: bool, columns: str | None
 ) -> tuple[DataSplits, bool]:
-    """Load the splits of the run or of other data, and return whether they contain the data of the run."""
+    """Load the splits of the run or of other data, and return whether they are the run's data."""
     config = loaded.folder.read_config()
     stored = loaded.info.data
     changes: dict[str, Any] = {
@@ -308,8 +308,8 @@ def _load_splits(
             changed = changed_splits(stored, splits, _split_names(_resolve_split(split, splits)))
             if not changed:
                 return splits, True
-            note = f"the files have the same names as the run's images but other contents in {', '.join(changed)}"
-    # given columns are always used, the run's columns only for data that may have columns
+            note = f"the files have the same names as the run's images but different contents in {', '.join(changed)}"
+    # `columns` is always used if given; the run's columns are used only for data that may have columns
     uses_columns = columns is not None or has_columns(data)
     splits = load_data(
         data,
@@ -359,9 +359,9 @@ def _run_model(
     batch_size: int,
     console: Console | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the model on all images, and return `Task.reduce` of their outputs and labels, on the CPU.
+    """Run the model on all images, and return the outputs and labels from `Task.reduce`, on the CPU.
 
-    `classes` are the classes of the data, which may be a subset of the run's classes in another order.
+    `classes` are the classes of the data, which may be a subset of the run's classes in a different order.
     """
     unknown = [name for name in classes if name not in loaded.classes]
     if unknown:

@@ -1,7 +1,7 @@
 """Explain predictions with heat maps and with the nearest training images.
 
-A heat map shows which regions of an image contribute to an output. The nearest training images have the most similar
-features, the inputs of the classifier head.
+A heat map shows which regions of an image contribute to an output. The nearest training images are those with the
+most similar features, which are the inputs of the classifier head.
 """
 
 import os
@@ -95,9 +95,9 @@ def explain(
         device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
 
     Raises:
-        FileExistsError: If `out` is a file, or a folder that is not empty and `overwrite` is not set.
+        FileExistsError: If `out` is a file, or if it is a nonempty folder and `overwrite` is not set.
         FileNotFoundError: If the run or an image does not exist. The message suggests similar names.
-        ValueError: If the run is not a classification run, is a cross-validation run or has no class `of`; if `of` is
+        ValueError: If the run is not a classification run, is a cross-validation run, or has no class `of`; if `of` is
             combined with rollout, or the model does not support `by`; or if an image cannot be read, `batch_size` is
             less than 1, or `neighbors` is negative.
         ImportError: If `by` is gradcam and Captum is not installed.
@@ -175,7 +175,7 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
     Raises:
         FileNotFoundError: If `run` is not a run folder or has no predictions, or its images no longer exist.
         ValueError: If the run is not a classification run, is a cross-validation run, or has more than 5,000 of these
-            images or none; if its images were added, removed or renamed; or if the model does not support `by`, or
+            images or none; if its images were added, removed, or renamed; or if the model does not support `by`, or
             `batch_size` is less than 1.
         ImportError: If `by` is gradcam and Captum is not installed.
     """
@@ -310,8 +310,9 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
 
     Unlike Grad-CAM, HiResCAM does not average gradients over the grid; averaging can highlight irrelevant regions.
     `A` is the last feature map of a convolutional network or a Swin Transformer. For a ViT, it is the input of the
-    last attention, since a class-token head ignores patch tokens after it. For a `LayerProbe`, it is the output of the
-    first of its layers, on which all others depend. Each map is scaled to a maximum of 1.
+    last attention module, since a class-token head ignores patch tokens after it. For a `LayerProbe` (a final head on
+    several layers), it is the output of the first of these layers, on which the others depend. Each map is scaled to a
+    maximum of 1.
 
     Args:
         model: Model from `build_method` or `load_trained` in evaluation mode, a `LayerProbe`, or a plain timm model.
@@ -368,7 +369,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
     if patch is None or not attentions or not is_vit:
         raise ValueError(f"attention rollout needs a timm ViT, got {type(base).__name__}; use gradcam")
     rows, columns = images.shape[-2] // patch[0], images.shape[-1] // patch[1]
-    rolled: list[Tensor] = []  # the product of the blocks so far
+    rolled: list[Tensor] = []  # the product over the blocks so far
 
     def multiply_block(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Multiply the attention of a block, the input of its dropout, into the product."""
@@ -410,7 +411,7 @@ def _resized_heat(grid: Tensor, images: Tensor) -> np.ndarray:
 def _vit_parts(model: nn.Module) -> tuple[Any, Sequence[Any], Any]:
     """Return the model without its PEFT wrapper, its blocks and its patch size.
 
-    If the model has no blocks or no patches, the blocks are empty or the patch size is None.
+    The blocks are empty if the model has none. The patch size is None if the model has no patch embedding.
     """
     base: Any = base_model(model)
     blocks = getattr(base, "blocks", None) or ()
@@ -419,7 +420,7 @@ def _vit_parts(model: nn.Module) -> tuple[Any, Sequence[Any], Any]:
 
 
 def _target_layer(model: nn.Module) -> tuple[nn.Module, int, tuple[int, int]]:
-    """Return the target layer of heat maps, the number of its channels, and its patch size.
+    """Return the target layer of heat maps, its number of channels, and its patch size.
 
     The patch size is (1, 1) for layers whose output is a feature map.
     """
@@ -454,7 +455,7 @@ def _summed_grid(product: Tensor, width: int, patch: tuple[int, int], size: torc
 
 
 def overlay_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """Overlay a heat map on an image, with an opacity that increases with the value.
+    """Overlay a heat map on an image, with an opacity that increases with the heat.
 
     Args:
         image: PIL image, which is converted to RGB.

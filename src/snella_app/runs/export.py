@@ -1,7 +1,8 @@
 """Export the model of a run to other formats, and verify the exported outputs.
 
-ONNX, TorchScript and `torch.export` files contain a graph, the operations of the model with their weights. A sparse
-file contains only the changes of the weights in training, their update, and a LoRA approximates the update.
+ONNX, TorchScript and `torch.export` files contain a graph: the operations of the model with their weights. A sparse
+file stores the update, i.e. the changes of the weights in training, without the unchanged weights. A LoRA approximates
+the update.
 """
 
 import dataclasses
@@ -46,11 +47,11 @@ from snella_app.runs.model import LoadedRun, load_single_run, make_backbone
 from snella_app.tasks import TASKS
 from snella_app.text import first_line
 
-_NUM_IMAGES = 8  # images of the run on which outputs are compared
+_NUM_IMAGES = 8  # maximum number of the run's images on which outputs are compared
 _MAX_CHANGED = 0.9  # maximum fraction of changed weights in a sparse file
 _STORE_ALL = "use snella merge to a .safetensors file, which stores all weights"
-_IN_METADATA = "'temperature' in its metadata"
-_IN_CONFIG = "'temperature' in its config.json, which no library applies automatically"
+_IN_METADATA = "stored as 'temperature' in the metadata"
+_IN_CONFIG = "stored as 'temperature' in config.json, but no library applies it automatically"
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ class ExportOptions:
         rank: Rank of the LoRA.
         values: Data type of the values in a sparse file.
         logits: Export the model's raw outputs instead of the outputs of `predict`.
-        images: Preprocessed images to compare outputs on, `[n, C, H, W]`. It is empty for formats without a comparison.
-        example: File of the first image, for the loading snippet. None if the image is not a file.
+        images: Preprocessed images to compare outputs on, `[n, C, H, W]`; empty for formats without a comparison.
+        example: File of the first image, for the loading snippet. None if `images` is empty, or the first image is not
+            a file.
     """
 
     out: Path
@@ -83,7 +85,7 @@ class ExportFormat:
     Attributes:
         suffix: Suffix of the file or folder name.
         write: `(loaded, path, options) -> (notes, snippet)`; writes the export to a temporary path.
-        options: Names of the arguments of `export` that the format supports.
+        options: Names of the format-specific arguments of `export` that the format supports.
         packages: Required packages of the extra `export`.
         is_folder: True if the export is a folder.
         unsupported: Names of the tasks that the format does not support.
@@ -111,12 +113,13 @@ def export(
 ) -> ExportResult:
     """Export the best model of a run to another format.
 
-    ONNX, TorchScript and `torch.export` files return the outputs of `predict` unless `logits` is set: e.g. class
-    probabilities with the temperature of the run, or regression values in their original units.
+    Unless `logits` is set, the graphs in ONNX, TorchScript and `torch.export` files return the outputs of `predict`,
+    e.g. class probabilities with the temperature of the run, or regression values in their original units.
 
     The export is written to a temporary path and renamed after verification, which is atomic for files. For ONNX,
-    TorchScript and `torch.export`, outputs on real images may differ from torch's by at most 1e-4 times the largest
-    output, for several batch sizes. Sparse files with fp32 values restore the fine-tuned weights bit for bit.
+    TorchScript and `torch.export`, the outputs for real images are compared with the model's at several batch sizes,
+    and may differ by at most 1e-4 times the largest output. Sparse files with fp32 values restore the fine-tuned
+    weights bit for bit.
 
     Args:
         run: Run folder.
@@ -128,18 +131,18 @@ def export(
         values: Data type of the values (sparse); fp32 if None.
         images: Image files to compare outputs on (onnx, torchscript, torch-export, lora); up to 8 images of the run if
             empty.
-        logits: Export raw outputs, without softmax, sigmoid, target units and temperature (onnx, torchscript,
-            torch-export).
+        logits: Export raw outputs, without softmax, sigmoid, target units, temperature, or averaging over flips (onnx,
+            torchscript, torch-export).
 
     Returns:
-        Path of the export, name of the format, notes with the measured differences, and loading snippet.
+        Path of the export, name of the format, notes (e.g. the measured differences), and loading snippet.
 
     Raises:
         FileExistsError: If `out` exists and may not be replaced.
         FileNotFoundError: If `run` is not a run folder, or its adapter is missing.
         ImportError: If a required package is missing. The message names the extra to install.
         ValueError: If the format is unknown, or does not support an option, the task or the method; if outputs differ,
-            an image cannot be read, or `out` has no name; or if the run is a cross-validation run.
+            an image cannot be read, or `out` has no name; or if the run is damaged or a cross-validation run.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -172,7 +175,7 @@ def export(
             notes, snippet = export_format.write(loaded, temporary, options)
             sync_tree(temporary)
             if path.is_dir():
-                # an earlier export may also have a file with a final head
+                # an earlier export may also contain the file of a final head
                 check_folder_files(path, [*(file.name for file in temporary.iterdir()), LAYER_PROBE])
                 _remove(path)
             temporary.replace(path)
@@ -196,7 +199,7 @@ def _load_images(loaded: LoadedRun, images: Sequence[str | Path]) -> tuple[Tenso
     """Preprocess the given images, or up to 8 test, validation or training images of the run if `images` is empty.
 
     Returns:
-        Batch of images, and the file of the first one, or None if it is not a file.
+        Batch of images, and the file of the first image, or None if that image is not a file.
     """
     if images:
         paths = [Path(image) for image in images]
@@ -222,14 +225,14 @@ def _remove(path: Path) -> None:
 
 
 def _logits_notes(info: RunInfo, location: str) -> list[str]:
-    """Explain how to compute the probabilities of `predict` from exported logits."""
+    """Return notes for exported logits, e.g. on how to compute the probabilities of `predict` from them."""
     notes = prediction_notes(info)
     temperature = info.trained_head_temperature
     if temperature == 1.0:
         return notes
-    command = "predict --tta 1" if info.tta == 2 else "predict"  # the export uses only the image
+    command = "predict --tta 1" if info.tta == 2 else "predict"  # the export does not use the flip
     formula = f"softmax(outputs / {temperature:g}) gives the probabilities of {command}"
-    return [f"outputs are logits without temperature: {formula}; the temperature is {location}", *notes]
+    return [f"outputs are uncalibrated logits: {formula}; the temperature is {location}", *notes]
 
 
 class _FinalOutputs(nn.Module):
@@ -250,7 +253,7 @@ class _FinalOutputs(nn.Module):
 def _write_graph(
     export_graph: Callable[..., ExportedGraph], loaded: LoadedRun, path: Path, options: ExportOptions
 ) -> tuple[list[str], str]:
-    """Export the merged model with its final head as a graph, and compare its outputs with torch's."""
+    """Export the merged model with the final head as a graph, and compare the graph's outputs with the model's."""
     backbone = merge_trained(loaded.model)
     merged = (backbone if loaded.probe is None else loaded.probe.with_model(backbone)).eval()
     model = merged if options.logits else _FinalOutputs(merged, loaded).eval()
@@ -288,7 +291,7 @@ def _graph_snippet(loaded: LoadedRun, options: ExportOptions, graph: ExportedGra
     lines = ["import json", f"import numpy as np, {graph.module}"]
     if preprocessing is None:
         shape = (1, *loaded.info.data_config["input_size"])
-        images = f"np.zeros({shape}, np.float32)  # use images preprocessed by 'data_config' in the file"
+        images = f"np.zeros({shape}, np.float32)  # use images preprocessed as in 'data_config' in the file"
     else:
         lines += ["from PIL import Image, ImageOps", *preprocessing]
         images = f"transform(Image.open({str(options.example)!r}))[None]"
@@ -369,7 +372,7 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
     if loaded.task.name == "classification":
         agreement = float((lora_outputs.argmax(1) == expected.argmax(1)).double().mean())
         note += f"; {agreement:.1%} of predictions agree"
-    return [note, *_logits_notes(loaded.info, "not in the folder")], code.format(str(options.out), backbone.name)
+    return [note, *_logits_notes(loaded.info, "not stored in the folder")], code.format(str(options.out), backbone.name)
 
 
 def _write_card(loaded: LoadedRun, path: Path, use: str, library: str, tags: Sequence[str]) -> None:
@@ -380,7 +383,7 @@ def _write_card(loaded: LoadedRun, path: Path, use: str, library: str, tags: Seq
 
 
 def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[list[str], str]:
-    """Write a file of the changed weights, and check which weights it restores."""
+    """Write a file of the changed weights, and check how exactly it restores the fine-tuned weights."""
     base = make_backbone(loaded.info.backbone, loaded.task.name)
     patch = sparse_patch(loaded.model, base)
     model = merge_trained(loaded.model)
@@ -393,7 +396,7 @@ def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> tupl
     patch.remove()  # only after the comparison, because `applied` shares memory with `base`
     inexact = [name for name in replaced if name in patch.entries]
     if inexact:
-        raise ValueError(f"the update of {inexact[0]!r} is not an addition to single weights; {_STORE_ALL}")
+        raise ValueError(f"the update of {inexact[0]!r} is not an addition to individual weights; {_STORE_ALL}")
     patch.replaced = {name: tensor.detach().clone() for name, tensor in replaced.items()}
     patch.metadata = run_metadata(loaded, model)
     content = patch.to_bytes(options.values)
@@ -435,7 +438,7 @@ def _tuner_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def sparse_patch(model: nn.Module, base: nn.Module) -> SparsePatch:
-    """Return the sparse additions of a method to the weights of its backbone.
+    """Return a patch with the sparse changes of a method to the weights of its backbone.
 
     Args:
         model: Model from `load_trained`, not merged.
@@ -452,8 +455,8 @@ def sparse_patch(model: nn.Module, base: nn.Module) -> SparsePatch:
         dense_delta = delta.to_dense() if delta.is_sparse else delta
         delta = dense_delta.contiguous().reshape(-1)
         indices = delta.nonzero().flatten()
-        weight = layer.weight_name(name) if isinstance(layer, SnellaLayer) else f"{name}.weight"
-        entries_by_name[weight] = Entries(indices, delta[indices].clone())
+        weight_name = layer.weight_name(name) if isinstance(layer, SnellaLayer) else f"{name}.weight"
+        entries_by_name[weight_name] = Entries(indices, delta[indices].clone())
     for name, module in model.named_modules():
         if (entries := getattr(module, "sparse_entries", None)) is not None:  # see docs/extending.md
             entries_by_name[f"{name}.weight"] = Entries(*entries())
@@ -479,4 +482,4 @@ FORMATS: dict[str, ExportFormat] = {
     "timm": ExportFormat("-timm", _write_timm, is_folder=True, unsupported=_OTHER_TASKS),
     "hf": ExportFormat("-hf", _write_hf, is_folder=True, unsupported=_OTHER_TASKS),
 }
-"""Export formats by the value of `--format`."""
+"""Export formats, by value of `--format`."""

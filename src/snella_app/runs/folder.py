@@ -57,11 +57,11 @@ _INHERITED = (
 """Settings inherited with `init_from`. Other values would not fit the trained weights, or would evaluate them on
 training images."""
 _CHANGEABLE = (*SESSION_FIELDS, "data")
-"""Settings that may change when a run is resumed. `data` may change, because changed images have another digest."""
+"""Settings that may change when a run is resumed. `data` may change, because a digest detects changed images."""
 
 
 def _settings_digest(values: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the settings in `config.yaml`, without settings that may change when a run is resumed."""
+    """Return the SHA-256 of the settings in `config.yaml`, except those that may change when a run is resumed."""
     fixed = {str(name): value for name, value in values.items() if name not in _CHANGEABLE}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -179,7 +179,7 @@ class BaseRunFolder(Generic[S]):
         write_json(self.path / "run.json", sealed(run))
 
     def finish(self) -> None:
-        """Set the status to finished, and store the digests of settings, results, adapter and selection."""
+        """Set the status to finished, and store the digests of the settings, results, adapter and selection."""
         self.update("finished", files=self._digests(*_RESULTS, "adapter", "selection"))
 
     @contextmanager
@@ -244,8 +244,8 @@ class BaseRunFolder(Generic[S]):
             reason = _for_config_file(str(error))
             raise ValueError(f"{path} is damaged: {reason}; train again with `--overwrite`") from None
         raise ValueError(
-            f"{path} was altered after it was written: the run was started with other settings; restore the file, or "
-            "train again with `--overwrite`"
+            f"{path} was altered after it was written: the run was started with different settings; restore the file, "
+            "or train again with `--overwrite`"
         )
 
     def check_adapter(self) -> None:
@@ -278,8 +278,8 @@ class BaseRunFolder(Generic[S]):
         Raises:
             FileExistsError: If the folder has a run and neither `resume` nor `overwrite` is set, if it has other files
                 but no run, or if the path is a file.
-            FileNotFoundError: If `resume` is set and the folder has checkpoints but no `run.json`, or if it has no run
-                and `config` lacks the data or backbone to start one.
+            FileNotFoundError: If `resume` is set and the folder has checkpoints but no `run.json`, or if it has neither
+                `run.json` nor `config.yaml`, and `config` lacks settings to start a run.
             ValueError: If `resume` is set with settings that differ from the stored ones, if an early version of snella
                 started the unfinished run, or if `run.json` or `config.yaml` is damaged or was altered.
         """
@@ -309,7 +309,7 @@ class BaseRunFolder(Generic[S]):
         """Resolve settings like `resolve_settings`, and return the record of a resumed run.
 
         Returns:
-            Resolved settings, and the content of `run.json`, or None for a new run.
+            Resolved settings, and the content of `run.json`, or None for a new run, or if the file was never written.
 
         Raises:
             FileNotFoundError: As for `resolve_settings`, or if the adapter or results of a finished run are missing.
@@ -329,9 +329,9 @@ class BaseRunFolder(Generic[S]):
     def prepare(self, config: S, *, is_resumed: bool) -> None:
         """Prepare a folder for a resumed run, or for a new run by writing `config.yaml` and removing the old run.
 
-        A process killed in this method leaves one of two states. Either the old run no longer matches `config.yaml` and
-        is rejected, or the folder has neither `run.json` nor checkpoints, and `resume` starts the run from
-        `config.yaml`.
+        If a process is killed after it has written `config.yaml` for a new run, there are two possible states. Either
+        the old run remains, and is rejected if its settings differ from `config.yaml`, or the folder has neither
+        `run.json` nor checkpoints, and `resume` starts the run from `config.yaml`.
         """
         self.remove_temporary_files()
         if is_resumed:
@@ -375,7 +375,7 @@ class BaseRunFolder(Generic[S]):
         return dict(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
 
     def _stored_digest(self) -> str | None:
-        """Return the settings digest in `run.json` or `folds.json`, or None if an early version wrote the run."""
+        """Return the settings digest in `run.json` or `folds.json`, or None if it is absent, as in early versions."""
         folds = self.path / FoldResults.file
         stored = self._read_run() or (read_object(folds) if folds.is_file() else {})
         return stored.get("settings")
@@ -389,7 +389,7 @@ class BaseRunFolder(Generic[S]):
     def _resumed_settings(self, config: S) -> S:
         """Return the stored settings, with the `SESSION_FIELDS` and a new location of the data from `config`.
 
-        Raise ValueError if other settings differ. The location may change, because other images have another digest.
+        Raise ValueError if other settings differ. The location may change if `run.json` has a digest of the data.
         """
         stored = self.read_config()
         requested = config.flat()
@@ -398,7 +398,7 @@ class BaseRunFolder(Generic[S]):
             stored = stored.replace(data=requested["data"])
         if differences := config.differences(stored):
             command = f"snella train --init-from {self.path} --out NEW"
-            hint = f"; to continue training a finished run with other settings, use {command}"
+            hint = f"; to continue training a finished run with different settings, use {command}"
             raise ValueError(
                 f"resume continues {self.path} with its stored settings, but {'; '.join(differences)}; leave them out"
                 + (hint if "init_from" in requested else "")
@@ -431,9 +431,10 @@ class RunFolder(BaseRunFolder[TrainConfig]):
         """Return the settings of a new run that is initialized with the trained weights of this one.
 
         Args:
-            config: Requested settings. Inherited settings left at their defaults take the values of this run.
-                Method options are merged. Unless `init_sparsity` is requested, the new run starts with the sparsity of
-                this run's adapter, i.e. the fraction of weights outside its budgets.
+            config: Requested settings. Inherited settings left at their defaults take the values of this run, as do
+                `data`, `train_size`, `img_size` and `target_sparsity` if they are None. Method options are merged.
+                Unless `init_sparsity` is requested, the new run starts with the sparsity of this run's adapter (the
+                fraction of weights that its update may not change), or with the target sparsity if that is lower.
 
         Raises:
             FileNotFoundError: If the adapter is missing.
@@ -460,7 +461,7 @@ class RunFolder(BaseRunFolder[TrainConfig]):
         for name in ("data", "train_size", "img_size", "target_sparsity"):
             values[name] = stored[name] if requested[name] is None else requested[name]
         options = {**stored["method_options"], **requested["method_options"]}
-        # a requested target replaces the stored one, whether it was set as a setting or as a method option
+        # a requested target replaces the stored one; either can be a setting or a method option
         if "target_sparsity" in requested["method_options"]:
             values["target_sparsity"] = requested["target_sparsity"]
         elif requested["target_sparsity"] is not None:

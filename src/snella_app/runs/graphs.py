@@ -1,4 +1,4 @@
-"""Export of models to ONNX, TorchScript and `torch.export`: graphs, comparison of outputs, and code to load files."""
+"""Export models to ONNX, TorchScript and `torch.export` graphs, compare outputs, and generate code to load files."""
 
 import contextlib
 import io
@@ -56,7 +56,7 @@ def export_onnx(
         opset: ONNX opset version; None for the exporter's default.
 
     Raises:
-        ValueError: If the model is too large for an ONNX file or needs another opset.
+        ValueError: If the model is too large for an ONNX file or needs a different opset.
     """
     import onnxruntime
 
@@ -102,7 +102,7 @@ def export_torchscript(
 ) -> ExportedGraph:
     """Export a model to TorchScript.
 
-    Arguments as for `export_onnx`; `output_name` and `opset` are ignored.
+    The arguments are as for `export_onnx`; `output_name` and `opset` are ignored.
     """
     file = io.BytesIO()
     with torch.no_grad():
@@ -116,7 +116,7 @@ def export_torch(
 ) -> ExportedGraph:
     """Export a model with `torch.export`, for any batch size.
 
-    Arguments as for `export_onnx`; `output_name` and `opset` are ignored.
+    The arguments are as for `export_onnx`; `output_name` and `opset` are ignored.
     """
     file = io.BytesIO()
     program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -139,13 +139,13 @@ def _torch_graph(runtime: str, file: io.BytesIO, run: Callable[[Tensor], Tensor]
 
 
 def compare_outputs(graph: ExportedGraph, model: nn.Module, images: Tensor) -> str:
-    """Compare the outputs of a graph and the model on all images and on batches of one and two.
+    """Compare the outputs of a graph and the model on the first image, the first two images, and all images.
 
     Returns:
         Note that states the largest difference.
 
     Raises:
-        ValueError: If the outputs of the graph have another shape, are not finite, or differ by more than
+        ValueError: If the outputs of the graph have a different shape, are not finite, or differ by more than
             `MAX_RELATIVE_ERROR` times the largest output.
     """
     worst = 0.0
@@ -186,7 +186,7 @@ def quiet_exporters() -> Iterator[None]:
 
 
 def preprocessing_code(loaded: LoadedRun) -> list[str] | None:
-    """Return the lines of Python code that preprocess an 8-bit or 16-bit image like `predict`, with NumPy and Pillow.
+    """Return lines of Python code that preprocess an 8-bit or 16-bit image as `predict` does, with NumPy and Pillow.
 
     `predict` also reduces large images while decoding them, which changes pixels slightly. Returns None if the images
     are neither grayscale nor RGB, or if the white level is set (`DataConfig.white`).

@@ -1,6 +1,7 @@
-"""Inputs of predictions: files, folders, patterns, tables, standard input, PIL images, arrays and tensors.
+"""Inputs for prediction: files, folders, patterns, tables, standard input, PIL images, arrays and tensors.
 
-A `Reading` specifies the images of a model: the number of channels, the white level, and the resolution for decoding.
+A `Reading` specifies how the images of a model are decoded: the number of channels, the 16-bit value that maps to
+white, and the resolution.
 """
 
 import glob
@@ -37,8 +38,8 @@ from snella_app.text import listed, similar_paths
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """One image: a file, its bytes, a PIL image, an array `[height, width]` or `[height, width, channels]`, or a tensor
-`[height, width]` or `[channels, height, width]`. Values are 0 to 255 (uint8) or 0 to 1 (floating point). Arrays have 1,
-3 or 4 channels; models with another channel count require exactly that many channels and reject PIL images."""
+`[height, width]` or `[channels, height, width]`. Values are 0 to 255 (uint8) or 0 to 1 (floating point). Models with 1,
+3 or 4 channels accept any of these channel counts. Other models require their own count and reject PIL images."""
 
 _PATTERN_CHARS = "*?["
 _POLL_S = 0.5  # seconds between polls of watched folders
@@ -62,7 +63,7 @@ def split_inputs(
     """
     if isinstance(images, str | Path):
         files = expand([images], columns, run_columns, keep_missing=keep_missing)
-        is_single = files == [expand_user(images)]  # folders, patterns and tables expand to other paths
+        is_single = files == [expand_user(images)]  # folders, patterns and tables expand to different paths
         return list(files), is_single
     is_batch = isinstance(images, np.ndarray | Tensor) and images.ndim == 4
     if isinstance(images, bytes | Image.Image | np.ndarray | Tensor) and not is_batch:
@@ -90,16 +91,17 @@ def expand(
     """Expand file, folder, pattern and table arguments into image files.
 
     Args:
-        images: Files; folders, searched recursively except hidden files and folders; patterns such as
+        images: Files; folders, which are searched recursively, except for hidden files and folders; patterns such as
             `photos/**/*.jpg`; tables (CSV, TSV, Parquet; `csv:FILE`, `parquet:FILE`) with a column of paths; `-` for
             standard input with one image file per line.
-        columns: Path column of a table, `path=file`. None tries the usual names of this column, then `run_columns`.
+        columns: Path column of a table, e.g. `path=file`. None tries the usual names of this column, then
+            `run_columns`.
         run_columns: Columns of the run's table.
-        keep_missing: Keep missing files listed in a table or on standard input, to be skipped like corrupt files.
+        keep_missing: Keep missing files that a table or standard input lists, so that the caller can skip them.
 
     Raises:
-        FileNotFoundError: If a path does not exist, or a folder or pattern has no images. The message suggests similar
-            names.
+        FileNotFoundError: If a path does not exist, a folder has no images, or a pattern matches none. The message
+            suggests similar names.
         ValueError: If `images` is empty, or a table has no column of paths.
         ImportError: If pyarrow is required but not installed.
     """
@@ -135,19 +137,19 @@ def expand(
 
 
 def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
-    """Read one image upright, like `read_image`.
+    """Read one image like `read_image`, applying EXIF orientation.
 
     Args:
         image: See `ImageInput`.
         name: Name for error messages.
-        reading: Image format of the model.
+        reading: Decoding options of the model.
 
     Returns:
         8-bit PIL image in RGB, gray or RGBA, or a tensor for other channel counts.
 
     Raises:
         ValueError: If a file is not an image, or an array has a wrong shape, type or value range.
-        TypeError: If the input is not an image.
+        TypeError: If the input has an unsupported type.
     """
     if isinstance(image, str | Path):
         return read_image(image, reading)
@@ -162,7 +164,7 @@ def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
     if isinstance(image, np.ndarray | Tensor):
         return _from_array(image, name, reading.channels)
     pil_text = "PIL images, " if reading.channels in PILLOW_MODES else ""
-    raise TypeError(f"images must be files, bytes, {pil_text}arrays or tensors, got {type(image).__name__} as {name}")
+    raise TypeError(f"images must be files, bytes, {pil_text}arrays or tensors, got {type(image).__name__} for {name}")
 
 
 def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _POLL_S) -> Iterator[list[Path]]:
@@ -222,7 +224,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _paths_in_table(table: Path, kind: str | None, columns: str | None, run_columns: str | None) -> list[Path]:
-    """Return the images in a table from the given column, a column with a usual name, or the run's column."""
+    """Return the images listed in the given column of a table, a column with a usual name, or the run's column."""
     if columns is not None:
         return table_paths(table, Columns.parse(columns), kind)
     try:
@@ -270,18 +272,18 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
         gray = "[height, width] or " if 1 in allowed_channels else ""
         raise ValueError(
             f"an image must have the shape {gray}[height, width, {counts}] as an array, {gray}[{counts}, height, "
-            f"width] as a tensor, got {shape} as {name}"
+            f"width] as a tensor, got {shape} for {name}"
         )
     if values.dtype.kind == "f":
         low = float(values.min())
         high = float(values.max())
         if not (low >= 0.0 and high <= 1.0):  # also for NaN
             raise ValueError(
-                f"floating-point images must have values from 0 to 1, got {low:g} to {high:g} as {name}; pass the "
+                f"floating-point images must have values from 0 to 1, got {low:g} to {high:g} for {name}; pass the "
                 "image before normalization, or 0 to 255 as uint8"
             )
     elif values.dtype != np.uint8:
-        raise ValueError(f"an image must be uint8 or floating point, got {values.dtype} as {name}")
+        raise ValueError(f"an image must be uint8 or floating point, got {values.dtype} for {name}")
     if channels not in PILLOW_MODES:
         array = values if values.dtype == np.uint8 else values.astype(np.float32)
         return tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0))))

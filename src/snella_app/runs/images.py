@@ -21,7 +21,7 @@ SPLITS = ("train", "val", "test")
 def splits_digest(splits: DataSplits) -> str:
     """Return the SHA-256 of the classes, and of the image names, labels and annotations of each split.
 
-    The digest does not depend on the path of the data, which may be moved.
+    The digest does not depend on the path of the data, so the data may be moved.
     """
     parts = splits.parts
     names_and_labels: dict[str, Any] = dict.fromkeys(SPLITS)
@@ -46,7 +46,7 @@ def split_sizes(splits: DataSplits) -> dict[str, int]:
 
 
 def absolute_folder(spec: str) -> str | None:
-    """Return the absolute path of a specification such as `folder:PATH`, or None for other data."""
+    """Return the absolute path of a specification such as `folder:PATH`, or None if it refers to no path."""
     folder = data_folder(spec)
     return None if folder is None else str(folder.resolve())
 
@@ -57,7 +57,7 @@ def is_same_split(data: DataInfo, splits: DataSplits) -> bool:
 
 
 def changed_splits(data: DataInfo, splits: DataSplits, names: Collection[str]) -> list[str]:
-    """Return the splits whose images differ from the run's, among those whose digest the run stored."""
+    """Return the splits in `names` whose images do not match the digest that the run stored, if it stored one."""
     digests = content_digests(splits, set(names) & set(data.contents))
     return [name for name, digest in digests.items() if digest != data.contents[name]]
 
@@ -65,23 +65,26 @@ def changed_splits(data: DataInfo, splits: DataSplits, names: Collection[str]) -
 def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collection[str] = SPLITS) -> None:
     """Check that the splits of a run, and the images of the splits in `names`, have not changed since training.
 
+    Images are checked only in splits whose digest the run stored.
+
     Raises:
         ValueError: If the splits or images differ. The message suggests remedies.
     """
     if not is_same_split(data, splits):
         stored_sizes = _sizes_text(data.sizes)
         current_sizes = _sizes_text(split_sizes(splits))
-        files = "the same number of other files" if stored_sizes == current_sizes else current_sizes
+        has_same_sizes = stored_sizes == current_sizes
+        found = "the same numbers of images, but different names or labels" if has_same_sizes else current_sizes
         raise ValueError(
-            f"data must contain the images of {run}, {stored_sizes} in {data.folder or data.spec}, got {files}: "
-            "files were added, removed or renamed, and a new split would evaluate on training images; restore "
-            "the files, evaluate on other images with --data, or train a new run"
+            f"data must contain the images of {run}, {stored_sizes} in {data.folder or data.spec}, got {found}: "
+            "files were added, removed or renamed, or labels were changed, and a new split would evaluate on training "
+            "images; restore the files and labels, evaluate on other images with --data, or train a new run"
         )
     if changed := changed_splits(data, splits, names):
         raise ValueError(
-            f"data must contain the images of {run}, got files with the same names but other contents in {data.spec} "
-            f"({', '.join(changed)}): images were replaced or re-encoded; restore the files, evaluate on other images "
-            "with --data, or train a new run"
+            f"data must contain the images of {run}, got files with the same names but different contents in "
+            f"{data.spec} ({', '.join(changed)}): images were replaced or re-encoded; restore the files, evaluate on "
+            "other images with --data, or train a new run"
         )
 
 
@@ -110,7 +113,7 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
         moved = Path(absolute) / Path(path).name if is_pattern else absolute
         return f"{prefix}{moved}"
     kind = "file" if folder.suffix in TABLE_SUFFIXES else "folder"
-    locations = spec if absolute in (None, path) else f"{spec} (then {absolute})"
+    locations = spec if absolute in (None, path) else f"{spec} or {absolute}"
     raise FileNotFoundError(
         f"the data of {run} no longer exists: no {kind} at {locations}; pass its new location with --data {prefix}NEW "
         "to snella evaluate or snella train --resume, or move it back"

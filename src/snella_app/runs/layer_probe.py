@@ -1,7 +1,7 @@
 """The final head of a run: a head on pooled features of several layers, fitted after training.
 
 `LayerProbe` combines the trained model with such a head, which is linear or a mixture of a kernel head and a linear
-head. In predictions, it replaces the head that was trained with the model.
+head. In predictions, this head replaces the head that was trained with the model.
 """
 
 import json
@@ -33,7 +33,7 @@ def probed_layers(model: nn.Module) -> list[int]:
         model: Model from `build_method` or `load_trained`.
 
     Returns:
-        Ascending indices from 0. The list is empty for models without `forward_intermediates`.
+        Ascending indices from 0. The list is empty for models without `forward_intermediates` or `feature_info`.
     """
     base = base_model(model)
     num_layers = len(getattr(base, "feature_info", None) or [])
@@ -85,7 +85,7 @@ class KernelHead(nn.Module):
 
         f(x) = b + Σ_j a_j k(x̂, c_j),   k(x̂, c) = exp(−‖x̂ − c‖² / (2 width)),   x̂ = clip((x − mean) / std, ±10)
 
-    Standardized features have a mean squared distance of `2 width`. The limits of x̂ bound the distance of images from
+    Standardized features have a mean squared distance of `2 width`. The limits of x̂ bound how far an image can be from
     the training images.
 
     Args:
@@ -242,8 +242,8 @@ def _linear_tensors(head: nn.Linear) -> dict[str, Tensor]:
 class LayerProbe(nn.Module):
     """Model with a head on `layer_features`: `[batch, channels, height, width]` → `[batch, outputs]`.
 
-    As in Head2Toe (Evci et al., arXiv 2201.03529), earlier layers can separate classes better than the last one if the
-    images differ from the pre-training images.
+    If the images differ from the pre-training images, earlier layers can separate the classes better than the last one
+    (Head2Toe, Evci et al., arXiv 2201.03529).
 
     Args:
         model: As for `probed_layers`; its head is not used.
@@ -302,7 +302,7 @@ def read_layer_probe(adapter: Path, model: nn.Module) -> LayerProbe | None:
         tensors = load_file(path)
         base: Any = base_model(model)
         if not isinstance(layers, list) or not set(layers) <= set(range(len(base.feature_info))):
-            raise ValueError(f"layers are {layers}")
+            raise ValueError(f"layers must be indices of the model's layers, got {layers}")
         head = MixedHead.from_tensors(tensors) if "share" in tensors else linear_head(**tensors)
         return LayerProbe(model, layers, head)
     except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:

@@ -68,8 +68,9 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
     `decoder.…`. `load_merged` loads the model.
 
     The outputs match the adapted model's. With SNELLA, they are bit-identical, because its layers compute with the
-    effective weight. The temperature is not merged but stored in the metadata or in `config.json`. A final head is
-    written to `layer_probe.safetensors` in the folder, or `NAME.layer_probe.safetensors` next to the file.
+    sum of pre-trained weight and update. The calibration temperature is not merged but stored in the metadata or in
+    `config.json`. A final head is written to `layer_probe.safetensors` in the folder, or
+    `NAME.layer_probe.safetensors` next to the file.
 
     Args:
         run: Run folder.
@@ -124,19 +125,19 @@ def write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> dict[str
     model = merge_trained(loaded.model)
     config = {**_timm_config(loaded, model, str(path)), **entries}
     with create_folder(path):
-        (path / _CONFIG).unlink(missing_ok=True)  # written last, since timm loads no folder without it
+        (path / _CONFIG).unlink(missing_ok=True)  # written last, since timm cannot load a folder without it
         _write_weights(loaded, path, path / _WEIGHTS, tensors_bytes(_weights(model), {"format": "pt"}))
         write_json(path / _CONFIG, config)
     return config
 
 
 def _write_weights(loaded: LoadedRun, path: Path, file: Path, content: bytes) -> None:
-    """Write the weights of a merged model to `file`, and its final head next to it; `path` is the output of `merge`."""
-    head = _final_head_file(path)
-    head.unlink(missing_ok=True)  # first, so that an interruption leaves no head of another model
+    """Write merged weights to `file`, and the final head, if any, next to it; `path` is the output of `merge`."""
+    head_file = _final_head_file(path)
+    head_file.unlink(missing_ok=True)  # first, so that an interruption leaves no head of another model
     write_bytes(file, content)
     if loaded.probe is not None:
-        loaded.probe.save(head)
+        loaded.probe.save(head_file)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -319,7 +320,7 @@ def _final_head_code(probe: LayerProbe, path: Path) -> str:
         )
     return (
         f"import torch; from safetensors.torch import load_file\nhead = load_file({str(path)!r})\n"
-        "def logits_of(images):  # outputs of snella predict, from the final head on several layers\n"
+        "def logits_of(images):  # logits of the final head on several layers, as in snella predict\n"
         f"    final, maps = model.forward_intermediates(images, {arguments})\n"
         "    pooled = [model.forward_head(final, pre_logits=True).flatten(1)]\n"
         f"{pooled}    features = torch.cat(pooled, 1)\n"
@@ -338,7 +339,10 @@ def prediction_notes(info: RunInfo) -> list[str]:
         if info.temperature != 1.0:
             notes.append(f"predict divides the outputs of the final head by the temperature {info.temperature:g}")
     if info.tta == 2:
-        notes.append("predict averages an image and its flip, unless --tta 1 is set; this model uses only the image")
+        notes.append(
+            "predict averages the outputs for an image and its flip, unless --tta 1 is set; this model uses only the "
+            "image"
+        )
     return notes
 
 
@@ -365,8 +369,8 @@ def load_merged(path: str | Path) -> nn.Module:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"path must be a file written by snella merge, got {str(path)!r}: {error}") from error
-    if "built_from" not in metadata or metadata.get("format") != "pt":  # a sparse file has another format
-        raise ValueError(f"path must be a file written by snella merge, got {str(path)!r}, which has other metadata")
+    if "built_from" not in metadata or metadata.get("format") != "pt":  # a sparse file has a different format
+        raise ValueError(f"path must be a file written by snella merge, got {str(path)!r} with different metadata")
     backbone = record_from(BackboneInfo, {**json.loads(metadata["built_from"]), "pretrained": False})
     if metadata.get("architecture", "None") != "None":
         # for a timm model, the file contains all weights, so the files with pre-trained weights may be missing

@@ -33,8 +33,9 @@ _LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError,
 class LoadedRun:
     """Best model of a run, with its transform, classes and task.
 
-    For a cross-validation run, `model` is an ensemble of the folds. The other attributes come from the first fold, and
-    `info` has no calibration and no test-time augmentation, because each fold's model applies its own.
+    For a cross-validation run, `model` is an ensemble of the folds, `task` is the task of this ensemble, and `probe` is
+    None. The other attributes come from the first fold, but `info` has no calibration and no test-time augmentation,
+    because each fold's model applies its own.
 
     Attributes:
         folder: Run folder.
@@ -62,7 +63,7 @@ class LoadedRun:
 
     @property
     def reading(self) -> Reading:
-        """How images are read: channels, white level and size."""
+        """Decoding options: channels, the 16-bit value that maps to white, and minimum side."""
         data = self.info.data
         return Reading(self.info.backbone.channels, data.white or FULL_WHITE, data.read_side)
 
@@ -110,7 +111,7 @@ def load_single_run(run: str | Path | RunFolder, device: str = "auto") -> Loaded
 
     Raises:
         ValueError: If `run` is a cross-validation run.
-        Exception: Errors of `load_run`.
+        Exception: As for `load_run`.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     reject_cross_validation(folder.path)
@@ -159,7 +160,7 @@ def _load_model(folder: RunFolder, info: RunInfo, device: torch.device) -> Loade
 
 
 def configured_image_size(model: nn.Module, *, is_strict: bool = False) -> int | None:
-    """Return the side of the square images that a model is configured for, or None if it configures no size.
+    """Return the side of the square images that a model is configured for, or None if it has no configured size.
 
     If `is_strict`, also return None if the model accepts other sizes.
     """
@@ -171,13 +172,13 @@ def configured_image_size(model: nn.Module, *, is_strict: bool = False) -> int |
 
 
 def _check_transform(transform: Callable[..., Tensor], info: RunInfo, size: int | None) -> None:
-    """Check the output of a transform against the input of the model, on a blank image."""
+    """Check that a transform of a blank image gives finite values in the input shape of the model."""
     channels = info.backbone.channels
     blank: Any = tv_tensors.Image(torch.zeros(channels, 8, 8, dtype=torch.uint8))
     output = transform(Image.new(PILLOW_MODES[channels], (8, 8)) if channels in PILLOW_MODES else blank)
     side = output.shape[-1] if size is None else size
     if list(output.shape) != [channels, side, side] or not bool(output.isfinite().all()):
-        raise ValueError(f"it must produce finite images of {[channels, side, side]}, got {list(output.shape)}")
+        raise ValueError(f"it must produce finite images of shape {[channels, side, side]}, got {list(output.shape)}")
 
 
 def unfinished_note(loaded: LoadedRun) -> str | None:
@@ -209,8 +210,8 @@ def get_task(info: RunInfo) -> Task:
     """Return the task of a run.
 
     Raises:
-        ValueError: If the run has an unsupported task, such as image generation. The message lists the commands that
-            support the task.
+        ValueError: If the run has an unsupported task, such as image generation. The message names the commands that
+            support the task, if there are any.
     """
     return create_task(get_task_name(info), info.classes, **(info.task_state or {}))
 

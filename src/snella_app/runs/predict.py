@@ -1,6 +1,6 @@
 """Prediction with the best model of a run.
 
-A `Predictor` preprocesses images, runs the model, and divides its outputs by the temperature of the run, if it has one.
+A `Predictor` preprocesses images, runs the model, and divides the outputs by the calibration temperature of the run.
 """
 
 import contextlib
@@ -100,8 +100,9 @@ class Predictor:
         """Return the predictions for one or more images.
 
         Args:
-            images: One image: a file, its bytes, PIL image, array or tensor (see `snella_app.runs.image_inputs`). Or
-                several: a folder, glob pattern, table or batch, or a list of images, folders, patterns and tables.
+            images: One image: a file, its bytes, a PIL image, an array or a tensor (see
+                `snella_app.runs.image_inputs`). Or several: a folder, glob pattern, table or batch, or a list of
+                images, folders, patterns and tables.
             tta: Test-time augmentation: number of views whose predictions are averaged (the image, its flip, corner
                 crops of the enlarged image and their flips). None uses the run's setting, and is required for a
                 cross-validation run.
@@ -110,7 +111,7 @@ class Predictor:
             columns: Path column of a table, such as `path=file`. None tries the usual names, then the run's column.
 
         Returns:
-            One object of `snella_app.tasks.predictions`, see `Task.image_predictions`; for several images, a list in
+            One object of `snella_app.tasks.predictions` (see `Task.image_predictions`); for several images, a list in
             input order.
 
         Raises:
@@ -140,7 +141,7 @@ class Predictor:
         """
         inputs, is_single = split_inputs(images, run_columns=self._columns)
         features: list[np.ndarray] = []
-        list(self.iter_predictions(inputs, skip_corrupt=None, on_features=features.append))  # ignores the predictions
+        list(self.iter_predictions(inputs, skip_corrupt=None, on_features=features.append))  # predictions are discarded
         return features[0] if is_single else np.stack(features)
 
     def preprocess(self, images: Sequence[ImageInput]) -> Tensor:
@@ -171,11 +172,11 @@ class Predictor:
         on_skipped: Callable[[Path, str], None] = lambda path, reason: None,
         on_features: Callable[[np.ndarray], None] | None = None,
     ) -> Iterator[Any]:
-        """Yield the predictions of single images one by one, with the masks of only one batch in memory.
+        """Yield the predictions for images one by one, keeping the predictions of only one batch in memory.
 
         `on_skipped` is called with each skipped image and the reason. `on_features` is called with the features of each
-        image before its prediction is yielded. `skip_corrupt=None` rejects corrupt images like False, but the error
-        does not suggest `skip_corrupt`. The other arguments are as for `predict`.
+        image before its prediction is yielded. `skip_corrupt=None` rejects corrupt images as False does, but the
+        error does not suggest `skip_corrupt`. The other arguments are as for `predict`.
         """
         threshold = self.resolve_threshold(tta, unsure)
         for paths, originals, tensors in self._batches(images, skip_corrupt, on_skipped):
@@ -246,7 +247,7 @@ class Predictor:
     def _outputs(self, images: Tensor, tta: int | None, wants_features: bool) -> tuple[Tensor, np.ndarray | None]:
         """Return the outputs of a batch, divided by the temperature and averaged over views.
 
-        The second value contains the features of the first view, or is None unless `wants_features` is set.
+        The second value contains the features of the first view if `wants_features` is set; otherwise, it is None.
         """
         head_inputs: list[Any] = []
         width: int | None = None
@@ -288,7 +289,7 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
 
 
 def table_columns(run: str | Path) -> str | None:
-    """Return the table columns of a run, or None for other data and for a missing run, which is reported later."""
+    """Return the table columns set for a run, or None if none are set or the run is missing (reported later)."""
     if not (Path(run) / "config.yaml").is_file():
         return None
     return RunFolder(run).read_config().data.columns
@@ -307,7 +308,7 @@ def check_shape(image: Any, name: Path) -> None:
 def run_task_class(run: str | Path) -> type[Task]:
     """Return the task class of a run, or the classification task for a missing run, which is reported later."""
     results = read_if_present(FoldResults, run)
-    if results is not None and results.rows:  # the folds have the same task
+    if results is not None and results.rows:  # all folds have the same task
         run = Path(run) / results.rows[0].folder
     info = read_if_present(RunInfo, run)
     return task_class("classification" if info is None else get_task_name(info))
@@ -320,7 +321,7 @@ def check_order(run: Path, images: Sequence[str | Path] = ()) -> None:
     swapped = [Path(image) for image in images if (Path(image) / RunInfo.file).is_file()]
     if swapped and not (run / RunInfo.file).is_file():
         raise ValueError(
-            f"run must be the folder of a run, got {str(run)!r}; {str(swapped[0])!r} is a run, pass it "
+            f"run must be the folder of a run, got {str(run)!r}; {str(swapped[0])!r} is a run; pass it "
             "before the images"
         )
     if not run.is_dir():
@@ -347,7 +348,7 @@ def _head(loaded: LoadedRun) -> tuple[nn.Module, int | None]:
     trained_head = base_model(loaded.model).get_submodule(spec_of(loaded.model).head)
     if loaded.probe is None:
         return trained_head, None
-    # the final head reads the pooled features, the input of the trained head, before the features of other layers
+    # the inputs of the final head start with the pooled features, which are the input of the trained head
     layers = [module for module in trained_head.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     widths = [layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels for layer in layers]
     return loaded.probe.head, next(iter(widths), None)

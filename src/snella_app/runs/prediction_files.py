@@ -1,6 +1,7 @@
-"""Output of predictions: terminal, tables, masks, features, and rows that are appended while watching a folder.
+"""Print predictions, or write them to tables, masks, and feature files.
 
-With `watch`, new images in the folders are predicted as they arrive, until the user interrupts the command.
+With `watch`, new images in the given folders are predicted, and their rows appended, as they arrive, until the user
+interrupts the command.
 """
 
 import contextlib
@@ -64,7 +65,7 @@ def predict_to_files(
         _check_features(features, overwrite=overwrite)
     folders = [path for path in map(expand_user, images) if path.is_dir()]
     writes_masks = task.head is not None
-    # the suffix selects the format of a table; masks and folders have none
+    # the suffix selects the format of a table; masks and folders have no such format
     suffix = "" if out is None or writes_masks or Path(out).is_dir() else Path(out).suffix.lower()
     appends_rows = watch and suffix in (".csv", ".jsonl")
     if watch and out is not None and not writes_masks and not appends_rows:
@@ -100,7 +101,7 @@ def predict_to_files(
     def skip(path: Path, reason: str) -> None:
         """Remember a skipped image for the summary, or print it at once with `watch`."""
         skipped.append(f"{str(path)!r} ({reason})")
-        if watch:  # watching never reaches the summary at the end
+        if watch:  # without a summary at the end
             print_line(error_console, f"skipped {skipped[-1]}")
 
     def predict_paths(paths: Sequence[Path]) -> Iterator[Any]:
@@ -215,7 +216,7 @@ def _watch_predictions(
     out: str | None,
     signals: Sequence[int],
 ) -> Iterator[Any]:
-    """Yield predictions of files, then of new images in folders until interrupted.
+    """Yield predictions for files, then for new images in folders until interrupted.
 
     Images that are listed in `out`, the table of an earlier call, are not predicted again.
     """
@@ -274,7 +275,7 @@ def _append_rows(predictions: Iterable[Any], out: Path, top_k: int | None, conso
     """Append predictions one by one to a CSV or JSON Lines file, and print them.
 
     Raises:
-        ValueError: If an existing CSV file has other columns.
+        ValueError: If an existing CSV file has different columns.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     is_csv = out.suffix.lower() == ".csv"
@@ -283,7 +284,7 @@ def _append_rows(predictions: Iterable[Any], out: Path, top_k: int | None, conso
         header, row = content.split(b"\n", 1) if is_csv else (b"", content)
         with annotate_write_errors(out), out.open("ab+") as file:
             file.seek(max(file.seek(0, io.SEEK_END) - 1, 0))
-            lacks_newline = file.read() not in (b"", b"\n")  # in the last line, e.g. after editing
+            lacks_newline = file.read() not in (b"", b"\n")  # after the last row, e.g. because of an editor
             file.seek(0)
             stored_header = file.readline().rstrip(b"\r\n") if is_csv else header
             if stored_header not in (b"", header):

@@ -108,13 +108,13 @@ def push(
     Args:
         run: Run folder.
         name: Repository name on the Hub, `user/model`.
-        to_folder: Write this new folder, without any network access.
+        to_folder: Write to this new or empty folder, without any network access.
         adapter: Push the PEFT adapter instead of the merged model.
         private: Create a private repository.
         overwrite: Add a commit to an existing repository; earlier files stay in its history.
 
     Returns:
-        URL on the Hub, or the written folder with an error if the Hub could not be reached.
+        URL on the Hub, or the written folder, with an error if the Hub could not be reached.
 
     Raises:
         FileExistsError: If the repository exists and `overwrite` is not set, if `to_folder` is not empty or is a file,

@@ -33,7 +33,7 @@ from snella_app.text import utf8_text
 _EXTRA = "the server needs fastapi, uvicorn and python-multipart: pip install 'snella[serve]'"
 _OVERHEAD = 2**20  # bytes of a request besides its files
 _PAGE = Path(__file__).with_name("serve.html")
-_BYTES_PER_PIXEL = 4  # of a request, in the budget of pixels
+_BYTES_PER_PIXEL = 4  # number of request bytes that count as one pixel
 _CONNECTIONS = 64  # maximum number of simultaneous connections
 _REQUEST_S = 600
 """Maximum duration of a request in seconds."""
@@ -60,7 +60,7 @@ class ServerLimits:
     Attributes:
         files: Maximum number of images per request.
         mib: Maximum size of a file, in MiB.
-        megapixels: Maximum number of pixels per image, in millions, which is read from the header before decoding.
+        megapixels: Maximum number of pixels per image, in millions, checked against its header before decoding.
         total_megapixels: Maximum number of pixels of all requests in progress, in millions. Each byte of a
             request counts as a quarter of a pixel.
 
@@ -131,15 +131,15 @@ def create_app(
 ) -> Any:
     """Create the web application with `GET /`, `GET /health`, `GET /docs` and `POST /predict`.
 
-    `POST /predict` takes images in the form field `files`. The response has one entry per file, in order: `name` and
-    `text`, for nominal or ordinal classes also `label`, `probability` and `probabilities`, and with a threshold
-    `unsure`. The entry of a file that was not predicted has `name` and `error`. Status codes:
+    `POST /predict` takes images in the form field `files`. The response has one entry per file, in order, with `name`
+    and `text`. For nominal or ordinal classes, an entry also has `label`, `probability` and `probabilities`, and
+    `unsure` if there is a threshold. The entry of a file that was not predicted has `name` and `error`. Status codes:
 
     - 200: at least one file was predicted.
     - 400: the `Host` header is neither a name of this server nor an IP address.
     - 408: the request took longer than ten minutes.
-    - 411: a POST request has no Content-Length header.
-    - 413: a limit of the request is exceeded.
+    - 411: a POST request has no valid Content-Length header.
+    - 413: the request exceeds a limit.
     - 422: no file could be predicted, or the form has no `files`.
     - 503: the limit for all requests is exceeded.
 
@@ -149,7 +149,7 @@ def create_app(
         tta: As for `Predictor.predict`.
         unsure: As for `Predictor.predict`.
         hosts: Additional host names, besides localhost, the name of this machine and any IP address.
-        log: Callback for a log line per request.
+        log: Callback that receives one log line per request.
 
     Returns:
         A `fastapi.FastAPI` application.
@@ -196,7 +196,7 @@ def create_app(
         return None
 
     def busy() -> Any:
-        """Return the response of a request that exceeds the budget of all requests."""
+        """Return the response to a request that exceeds the remaining budget."""
         text = "the server is busy with other requests; retry in a second"
         return JSONResponse({"error": text}, 503, {"Retry-After": "1"})
 
@@ -370,7 +370,7 @@ def _listener(host: str, port: int) -> Iterator[socket.socket]:
 def _is_allowed_host(header: str, names: set[str]) -> bool:
     """Return whether a `Host` header is a known name or an IP address.
 
-    Other names are rejected, because a page of another site could otherwise read responses by DNS rebinding.
+    Other names are rejected, because a page on another site could otherwise read responses by DNS rebinding.
     """
     host = re.sub(r":\d+$", "", header).strip("[]").lower().rstrip(".")
     if host in names:
@@ -383,7 +383,7 @@ def _is_allowed_host(header: str, names: set[str]) -> bool:
 
 
 def _content_policy(page: str) -> str:
-    """Return a Content-Security-Policy that only allows the page's inline script and style, and its server."""
+    """Return a Content-Security-Policy that allows only the page's script and style, blob images, and its server."""
     sources = {}
     for kind in ("script", "style"):
         (text,) = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)

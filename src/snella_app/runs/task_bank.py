@@ -69,11 +69,11 @@ class TaskBank:
         bank = TaskBank({"cells": "runs/cells", "stamps": "runs/stamps"}, memory_mib=512)
         outputs = bank(images, ["cells", "stamps", "cells"])
 
-    The bank stores the backbone once, the factors and head of each task (a few MiB), and the effective weights
-    `W0 + scaling·S` of the most recently used tasks, up to `memory_mib`. A cached task needs no merge. Any other task
-    needs one merge, which overwrites the effective weights of the least recently used task if the memory is full. The
-    images of a batch are grouped by task. The outputs of each group are bit-identical to the outputs of the loaded run
-    for this group. Several threads may use a bank.
+    The bank stores the backbone once, the factors and head of each task (a few MiB), and the effective weights of the
+    most recently used tasks, up to `memory_mib`. A cached task needs no merge. Any other task needs one merge, which
+    replaces the effective weights of the least recently used tasks if the memory is full. The images of a batch are
+    grouped by task. The outputs of each group are bit-identical to the outputs of the loaded run for this group.
+    Several threads may use a bank.
 
     Args:
         runs: Run folders, by task name.
@@ -84,8 +84,8 @@ class TaskBank:
         FileNotFoundError: If a folder is not a run folder, or has no adapter yet.
         ValueError: If runs differ in backbone, pre-trained weights or task type, a task exceeds `memory_mib`, a run is
             a cross-validation run or damaged, `memory_mib` is not positive, or the device is not available.
-        NotImplementedError: If a run changes the architecture, or more than a quarter of the backbone without SNELLA
-            factors, e.g. with LoRA.
+        NotImplementedError: If a run changes the architecture, or changes more than a quarter of the backbone by means
+            other than SNELLA factors, e.g. by LoRA.
     """
 
     def __init__(
@@ -136,10 +136,10 @@ class TaskBank:
 
         Raises:
             FileNotFoundError: If `run` is not a run folder, or has no adapter yet.
-            ValueError: If the run has another backbone, pre-trained weights or task type, exceeds `memory_mib`, is a
-                cross-validation run or is damaged.
-            NotImplementedError: If the run changes the architecture, or more than a quarter of the backbone without
-                SNELLA factors.
+            ValueError: If the run has a different backbone, pre-trained weights or task type than the bank, exceeds
+                `memory_mib`, is a cross-validation run or is damaged.
+            NotImplementedError: If the run changes the architecture, or changes more than a quarter of the backbone by
+                means other than SNELLA factors.
         """
         loaded = load_single_run(run, "cpu")
         backbone = loaded.info.backbone
@@ -196,7 +196,7 @@ class TaskBank:
             del self._tasks[name]
             self._cached.pop(name, None)
             if not self._tasks:
-                self._model = None  # the next task may have another backbone
+                self._model = None  # the next task may have a different backbone
 
     def __call__(self, images: Tensor | Sequence[Tensor], tasks: Sequence[str]) -> list[Tensor]:
         """Compute the outputs of images from different tasks.
@@ -293,7 +293,7 @@ class TaskBank:
 
     @torch.no_grad()
     def _effective_weights(self, name: str) -> dict[str, Tensor]:
-        """Return the effective weights of a task, after merging them if they are not cached."""
+        """Return the effective weights of a task, which are computed if they are not cached."""
         if name in self._cached:
             self._cached.move_to_end(name)
             return self._cached[name]

@@ -34,7 +34,7 @@ def create_task(name: str, classes: Sequence[str], **settings: Any) -> Task:
         name: Key of `TASKS`.
         classes: Class names by index, or target names of a regression.
         **settings: Settings of a run, or the state of a finished run. Settings of other tasks are ignored; None selects
-            the default. `TrainConfig` checks their values.
+            the default. The values are checked by `TrainConfig`.
 
     Raises:
         ValueError: If the task is unknown, or the number of classes or the length of a list is invalid.

@@ -33,13 +33,13 @@ from snella_app.tasks.task import (
 from snella_app.text import listed
 
 FOCAL_GAMMA = 2.0
-"""Exponent of the focal losses, the default of the paper."""
+"""Exponent of the focal losses; the default in the paper (see `focal`)."""
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 """Number at the beginning of a class name."""
 
 
 def focal(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Compute the focal loss of each sample, which down-weights well-classified samples, `[batch]`.
+    """Compute the focal loss of each sample, `[batch]`, with low weights for well-classified samples.
 
     l_i = -Σ_c q[i, c] (1 - p[i, c])^γ log p[i, c],   p = softmax(logits),   q = (1 - ε) target + ε / classes,   γ = 2
 
@@ -107,7 +107,8 @@ class ClassificationTask(Task):
         Their mean over the training images is 1.
 
         Raises:
-            ValueError: If `class_weights` is invalid, or a class has no images for balanced weights or priors.
+            ValueError: If `class_weights` is invalid, or a class has no images although balanced weights or priors need
+                them.
         """
         log_priors = None
         balanced: np.ndarray = np.ones(len(self.classes))
@@ -125,7 +126,7 @@ class ClassificationTask(Task):
         return dataclasses.replace(self, weight_by_class=weights, log_priors=log_priors)
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
-        """Return the inverse class frequency of each image, which samples classes uniformly."""
+        """Return the inverse frequency of each image's class, so that classes are sampled uniformly."""
         counts = np.bincount(train.labels, minlength=len(self.classes))
         return (1 / counts[np.asarray(train.labels)]).tolist()
 
@@ -170,9 +171,9 @@ class ClassificationTask(Task):
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
         """Compute accuracy, balanced accuracy, macro F1, loss and the confusion matrix.
 
-        Balanced accuracy and macro F1 average recall and `F1 = 2 TP / (2 TP + FP + FN)` over the classes present. The
-        loss is the plain cross-entropy without smoothing and weights, regardless of the training loss. Rows of the
-        confusion matrix are true classes, columns are predicted classes.
+        Over the classes present, balanced accuracy averages the recall, and macro F1 averages
+        `F1 = 2 TP / (2 TP + FP + FN)`. The loss is the plain cross-entropy without smoothing or weights, regardless of
+        the training loss. Rows of the confusion matrix are true classes; columns are predicted classes.
 
         Args:
             logits: `[images, classes]`.
@@ -186,7 +187,7 @@ class ClassificationTask(Task):
         }
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> Predictions:
-        """Return label, probabilities and group of each image."""
+        """Return the label, probabilities and group of each image."""
         groups: Sequence[str | None] = dataset.annotations.groups or [None] * len(dataset)
         rows = zip(dataset.names, dataset.labels, sample_outputs.tolist(), groups, strict=True)
         items: list[StoredPrediction] = []
@@ -217,7 +218,7 @@ class ClassificationTask(Task):
     def image_predictions(
         self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> list[Prediction]:
-        """Return all classes with probabilities, most likely first."""
+        """Return all classes with probabilities for each image, most likely first."""
         return [
             Prediction(path, sorted(zip(self.classes, row, strict=True), key=lambda pair: -pair[1]))
             for path, row in zip(paths, self.probabilities(outputs).cpu().tolist(), strict=True)
@@ -225,7 +226,7 @@ class ClassificationTask(Task):
 
 
 def class_scores(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, Any]:
-    """Compute `accuracy`, `balanced_accuracy`, `macro_f1` and `confusion` of class indices `[images]`."""
+    """Compute `accuracy`, `balanced_accuracy`, `macro_f1` and `confusion` from true and predicted class indices."""
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score  # lazy: slow import
 
     present = np.unique(truth)
@@ -238,10 +239,11 @@ def class_scores(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> 
 
 
 def rank_order(classes: Sequence[str], order: str | None) -> list[str]:
-    """Sort classes from lowest to highest: in the comma-separated `order`, or by their leading numbers.
+    """Sort classes from lowest to highest: as listed in the comma-separated `order`, or by their leading numbers.
 
     Raises:
-        ValueError: If `order` does not list each class once, or is None and names do not begin with distinct numbers.
+        ValueError: If `order` does not list each class once, or is None and the names do not begin with distinct
+            numbers.
     """
     if order is None:
         matches = [_NUMBER.match(name) for name in classes]
@@ -269,8 +271,8 @@ def corn(logits: Tensor, labels: Tensor) -> Tensor:
 
     l_i = -1/(K - 1) Σ_{k ≤ y_i, k < K - 1} ( [y_i > k] log σ(z[i, k]) + [y_i = k] log σ(-z[i, k]) )
 
-    A sample of rank y contributes to the first min(y + 1, K - 1) binary outputs. The mean over a batch is Shi et al.'s
-    loss with divisor n (K - 1) instead of the number of conditional samples.
+    A sample of rank y contributes to the first min(y + 1, K - 1) binary outputs. The mean over a batch of n samples is
+    Shi et al.'s loss with the divisor n (K - 1) instead of the number of conditional samples.
 
     Source: CORN, Shi, Cao and Raschka, 2023, arXiv 2111.08851, eq. 5.
 
@@ -357,7 +359,7 @@ class OrdinalTask(ClassificationTask):
         return corn_probabilities(full_precision(logits))
 
     def average_outputs(self, outputs: Sequence[Tensor], tasks: Sequence[Any] | None = None) -> Tensor:
-        """Return CORN logits of the mean class probabilities."""
+        """Return the CORN logits of the mean class probabilities."""
         mean = torch.stack([self.probabilities(logits) for logits in outputs]).mean(0)
         from_rank = mean.flip(-1).cumsum(-1).flip(-1).clamp(max=1.0)  # P(y ≥ k)
         tiny = torch.finfo(mean.dtype).tiny  # avoids 0 / 0 for ranks far above the predicted one
@@ -391,7 +393,7 @@ class OrdinalTask(ClassificationTask):
         }
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> Predictions:
-        """Return label, probabilities and predicted rank of each image."""
+        """Return the label, probabilities and predicted rank of each image."""
         without_ranks = super().predictions(dataset, sample_outputs, split, folder)
         ranks = predicted_ranks(sample_outputs).tolist()
         items = [dataclasses.replace(item, rank=rank) for item, rank in zip(without_ranks.items, ranks, strict=True)]
@@ -412,11 +414,11 @@ class OrdinalTask(ClassificationTask):
     def image_predictions(
         self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> list[Prediction]:
-        """Return the predicted class first, then other classes by probability."""
+        """Return all classes for each image: the predicted class first, then the others, most likely first."""
         ranks = predicted_ranks(self.probabilities(outputs)).tolist()
         by_probability = super().image_predictions(paths, images, outputs)
         return [
-            # stable sort: other classes stay ordered by probability
+            # stable sort: the other classes remain ordered by probability
             dataclasses.replace(item, ranking=sorted(item.ranking, key=lambda pair: pair[0] != self.classes[rank]))
             for item, rank in zip(by_probability, ranks, strict=True)
         ]
@@ -427,6 +429,6 @@ class OrdinalTask(ClassificationTask):
 
 
 def predicted_ranks(probabilities: Tensor) -> Tensor:
-    """Return the median rank `[images]`, int64, of class probabilities `[images, K]`: the count of P(y > k) > 1/2."""
+    """Return median ranks, `[images]` int64, from probabilities `[images, K]`: the number of k with P(y > k) > 1/2."""
     above = 1 - probabilities.cumsum(-1)[:, :-1]  # P(y > k)
     return (above > 0.5).sum(-1)

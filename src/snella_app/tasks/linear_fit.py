@@ -13,7 +13,7 @@ _MAX_ITERATIONS = 200
 _TOLERANCE = 1e-5
 """Convergence tolerance on the largest gradient entry."""
 _CONSTANT_LOGIT = 4.0
-"""Magnitude of the logit if all labels are equal, which means a probability of 98 or 2%."""
+"""Magnitude of the logit if all labels are equal, which gives a probability of 98% or 2%."""
 _HISTORY_BYTES = 2**30
 """Memory for the history of L-BFGS, which holds as many steps as fit, within the following limits."""
 _HISTORY = 100

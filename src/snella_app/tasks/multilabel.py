@@ -1,4 +1,4 @@
-"""Multi-label classification with one sigmoid per class and thresholds from validation."""
+"""Multi-label classification with one sigmoid per class and thresholds fitted to validation images."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ _THRESHOLD = 0.5
 
 
 def binary_focal(logits: Tensor, targets: Tensor, positive_weights: Tensor | None = None) -> Tensor:
-    """Compute the binary focal loss of each entry, γ = 2, without α, `[batch, classes]`.
+    """Compute the binary focal loss of each entry, `[batch, classes]`, with γ = 2 and without α.
 
     Source: Lin et al., 2017, arXiv 1708.02002, eq. 4 (`torchvision.ops.sigmoid_focal_loss`).
 
@@ -142,7 +142,7 @@ class MultiLabelTask(Task):
         )
 
     def calibrated(self, reduced: ArrayLike, labels: ArrayLike) -> Self:
-        """Return the task with the thresholds that maximize F1, see `best_thresholds`."""
+        """Return the task with the thresholds that maximize F1 (see `best_thresholds`)."""
         probabilities = self.probabilities(torch.as_tensor(np.asarray(reduced))).double().numpy()
         return dataclasses.replace(self, thresholds=tuple(best_thresholds(probabilities, np.asarray(labels))))
 
@@ -164,7 +164,7 @@ class MultiLabelTask(Task):
     def loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Compute the weighted mean of the binary cross-entropy or `binary_focal`, averaged over classes.
 
-        `logits` and `labels` are `[batch, classes]`, labels in [0, 1]. `weights` are sample weights, `[batch]`.
+        `logits` and `labels` are `[batch, classes]`, with labels in [0, 1]. `weights` are sample weights, `[batch]`.
         """
         logits = full_precision(logits)
         targets = labels.to(logits) * (1 - self.label_smoothing) + self.label_smoothing / 2
@@ -191,7 +191,7 @@ class MultiLabelTask(Task):
         return mean.logit(eps=1e-7)  # eps keeps the logits finite
 
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-        """Compute average precision and F1 by class and in total, with the current thresholds.
+        """Compute average precision and F1 by class and overall, with the current thresholds.
 
         Means are over the classes present. `map` is the mean average precision, which is independent of thresholds.
         `macro_f1` is the mean F1, `micro_f1` pools the labels of all classes, and `subset_accuracy` is the fraction of
@@ -247,7 +247,7 @@ class MultiLabelTask(Task):
     def predictions(
         self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path
     ) -> LabelSetPredictions:
-        """Return labels and probabilities of each image, and the thresholds."""
+        """Return the labels and probabilities of each image, and the thresholds."""
         rows = zip(dataset.names, self._targets(dataset), sample_outputs.tolist(), strict=True)
         items: list[StoredLabelSetPrediction] = []
         for index, (name, labels, row) in enumerate(rows):
@@ -279,7 +279,7 @@ class MultiLabelTask(Task):
         return mapped
 
     def result_table(self, scores: Mapping[str, Any]) -> Table:
-        """Return average precision, F1, precision, recall and threshold of each class."""
+        """Return the average precision, F1, precision, recall and threshold of each class."""
         keys = ("average_precision", "f1", "precision", "recall", "threshold")
         rows: list[list[str]] = []
         for row in scores["per_class"]:

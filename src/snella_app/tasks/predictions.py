@@ -123,8 +123,8 @@ class Prediction:
 
     Attributes:
         path: Image file, or the position of an in-memory image, e.g. `[3]`.
-        ranking: All classes with probabilities. The first one is the predicted class, i.e. the median rank for ordered
-            classes. The others follow, most likely first.
+        ranking: All classes with probabilities. The first one is the predicted class, which is the median rank for
+            ordered classes. The others follow, most likely first.
         unsure_below: Probability below which the prediction is unsure, or None for no threshold.
     """
 
@@ -153,13 +153,13 @@ class Prediction:
         return self.unsure_below is not None and self.probability < self.unsure_below
 
     def text(self, top_k: int | None = None) -> str:
-        """Format the first classes of `ranking` as one line, prefixed with "unsure" if the prediction is."""
+        """Format the first classes of `ranking` as one line, prefixed with "unsure" if `is_unsure`."""
         shown = self.ranking[: top_k or _SHOWN_CLASSES]
         text = ", ".join(f"{name} {p:.3f}" for name, p in shown)
         return f"unsure: {text}" if self.is_unsure else text
 
     def row(self, top_k: int | None = None) -> Row:
-        """Return `label`, `probability`, `unsure` (with a threshold), and the remaining top-k classes."""
+        """Return `label`, `probability`, `unsure` (if there is a threshold), and the remaining top-k classes."""
         unsure = {} if self.unsure_below is None else {"unsure": self.is_unsure}
         others = _ranked(self.ranking[1 : top_k or 1], first=2)
         return {"label": self.label, "probability": round(self.probability, 6), **unsure, **others}
@@ -197,7 +197,7 @@ def write_predictions(
         predictions: Predictions from `predict`.
         out: Output file. The suffix selects the format: CSV (`.csv`, `.txt` or none), `.json` (list of objects),
             `.jsonl` (one object per line) or `.parquet`.
-        top_k: Number of classes per image. None writes the predicted class, or all probabilities for multi-label.
+        top_k: Number of classes per image. None writes the predicted class, or all probabilities if multi-label.
         overwrite: Replace an existing file.
 
     Raises:
@@ -276,7 +276,7 @@ def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) 
     if out is None:
         return
     if Path(out).is_dir():
-        raise ValueError(f"out must be a file, got the folder {str(out)!r}; write {str(Path(out, 'p.csv'))!r}")
+        raise ValueError(f"out must be a file, got the folder {str(out)!r}; use {str(Path(out, 'p.csv'))!r}")
     suffix = Path(out).suffix.lower()
     if suffix not in (*_CSV_SUFFIXES, *TABLE_SUFFIXES):
         raise ValueError(

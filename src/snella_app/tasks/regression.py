@@ -28,7 +28,7 @@ deviation."""
 _RIDGE_PENALTY = 5.0
 """Weight of `‖w‖²` relative to the summed squared errors, for features with mean variance 1."""
 _MAX_FLOAT32_RATIO = 1e4
-"""Ratio of mean to standard deviation above which float32 rounds targets by more than about 1e-3 deviations."""
+"""Ratio of mean to standard deviation above which float32 rounds targets by about 1e-3 standard deviations or more."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class RegressionTask(Task):
         return torch.tensor(target if isinstance(target, tuple | list) else [target], dtype=torch.float64)
 
     def fitted(self, train: ImageDataset) -> Self:
-        """Return the task with mean, standard deviation and median of the training targets."""
+        """Return the task with the mean, standard deviation and median of the training targets."""
         values = self._values(train)
         std = np.where(np.ptp(values, 0) > 0, values.std(0), 1.0)  # rounding can make the std of equal values positive
         return dataclasses.replace(
@@ -96,7 +96,7 @@ class RegressionTask(Task):
         )
 
     def state(self) -> dict[str, Any]:
-        """Return mean, standard deviation and median."""
+        """Return the means, standard deviations and medians."""
         return {"mean": list(self.mean), "std": list(self.std), "median": list(self.median)}
 
     def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -121,7 +121,7 @@ class RegressionTask(Task):
         return outputs.to(mean.dtype) * std + mean
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of the targets, each `[targets]`, of dtype `widest_dtype(device.type)`.
+        """Return the means and standard deviations, each `[targets]`, of dtype `widest_dtype(device.type)`.
 
         Raises:
             ValueError: If the device has no float64 and a mean exceeds `_MAX_FLOAT32_RATIO` standard deviations.
@@ -198,7 +198,7 @@ class RegressionTask(Task):
         return self.numbers(torch.as_tensor(np.asarray(reduced)))
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> NumberPredictions:
-        """Return true and predicted values of each image."""
+        """Return the true and predicted values of each image."""
         rows = zip(dataset.names, self._values(dataset).tolist(), sample_outputs.tolist(), strict=True)
         items: list[StoredNumberPrediction] = []
         for index, (name, values, predicted) in enumerate(rows):
@@ -231,7 +231,7 @@ class RegressionTask(Task):
         return mapped
 
     def result_table(self, scores: Mapping[str, Any]) -> Table:
-        """Return errors of each target and of the baselines (training median or mean)."""
+        """Return the errors of each target and of its baselines (training median or mean)."""
         keys = ("mae", "rmse", "r2", "baseline_mae", "baseline_rmse")
         rows: list[list[str]] = []
         for row in scores["per_target"]:

@@ -1,4 +1,4 @@
-"""Semantic segmentation, trained with cross-entropy plus overlap loss, and measured by Dice and IoU."""
+"""Semantic segmentation, trained with cross-entropy plus an overlap loss, and measured by Dice and IoU."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -68,7 +68,7 @@ def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
       is 1 if no image remains.
     - Pooled: computed over the pixels of all images. `iou_pooled_with_background` averages over all classes.
     - GPS's variant, for comparison with the code of that fine-tuning method: pooled, without background pixels, and
-      therefore without false positives. For two classes, IoU equals the recall R and Dice equals 2R / (1 + R).
+      therefore without false positives on them. For two classes, IoU equals the recall R, and Dice equals 2R / (1 + R).
 
     Args:
         counts: `[images, classes, classes]` from `pixel_counts`; class 0 is the background.
@@ -145,7 +145,7 @@ def overlap_losses(scores: Tensor, labels: Tensor, kind: MaskLoss) -> Tensor:
 
     dice: 1 - (2 Σ p t + 1) / (Σ p + Σ t + 1)        iou: 1 - (Σ p t + 1) / (Σ p + Σ t - Σ p t + 1)
 
-    Sums run over the pixels of an image; `p` is the softmax of the scores, `t` is 1 on pixels of the class.
+    Sums run over the pixels of an image; `p` is the softmax of the scores, and `t` is 1 on pixels of the class.
 
     Args:
         scores: `[batch, classes, height, width]`, floating point; class 0 is the background.
@@ -245,15 +245,15 @@ class SegmentationTask(Task):
     def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Compute the weighted mean of cross-entropy plus overlap loss.
 
-        `outputs` are class scores `[batch, classes, height, width]`, `labels` is `[batch, height, width]`.
+        `outputs` are class scores `[batch, classes, height, width]`, and `labels` is `[batch, height, width]`.
         """
         return weighted_mean(self._losses(outputs, labels, self.label_smoothing), weights)
 
     def reduce(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return pixel counts and loss of each image, `[batch, classes² + 1]`, and zeros.
+        """Return the pixel counts and the loss of each image, `[batch, classes² + 1]`, and zeros.
 
-        The zeros replace the labels, which the counts contain. The counts are float64, or float32 on devices without
-        float64.
+        The zeros replace the labels, which the counts already reflect. The counts are float64, or float32 on devices
+        without float64.
         """
         counts = pixel_counts(outputs.argmax(1), labels, len(self.classes)).flatten(1)
         losses = self._losses(outputs, labels, 0.0)
@@ -271,7 +271,7 @@ class SegmentationTask(Task):
         return torch.as_tensor(np.asarray(reduced))
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> MaskPredictions:
-        """Return Dice and IoU of each image, averaged over foreground classes, and the stored mask if any."""
+        """Return Dice and IoU of each image, averaged over foreground classes, and its mask file if stored."""
         dice, iou = map(foreground_means, image_scores(self._counts(sample_outputs.numpy())))
         items: list[StoredMaskPrediction] = []
         for index, name in enumerate(dataset.names):

@@ -43,9 +43,9 @@ class Task(ABC):
     name: ClassVar[str]
     """Value of `--task`."""
     head: ClassVar[str | None] = None
-    """Name of the new module that is fully trained, or None for the head that the model names."""
+    """Name of the new module that is fully trained, or None for the head that the model declares."""
     target: ClassVar[TargetKind] = "class"
-    """Content of the label column, see `load_data`."""
+    """Content of the label column (see `load_data`)."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Task-specific settings of a run."""
     outputs_name: ClassVar[str] = "classes"
@@ -71,7 +71,7 @@ class Task(ABC):
     monitor_names: ClassVar[Mapping[str, str]] = {}
     """Display names of metrics that `final_text` adds to `val_format` if they are monitored."""
     final_name: ClassVar[str] = "probabilities"
-    """Name of the values of `final_outputs`."""
+    """Name of the values that `final_outputs` returns."""
 
     monitor: str
 
@@ -101,7 +101,7 @@ class Task(ABC):
         """Raise ValueError if the data does not fit the task; the base class rejects images with masks."""
         if isinstance(dataset, MaskDataset):
             raise ValueError(
-                f"task must be segmentation for images with masks like {spec}, got {self.name!r}; "
+                f"task must be segmentation for images with masks such as {spec}, got {self.name!r}; "
                 "add --task segmentation"
             )
 
@@ -292,8 +292,8 @@ def full_precision(outputs: Tensor) -> Tensor:
 def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
     """Return the weighted mean `Σ_i w_i l_i / n`, 0-dim.
 
-    The divisor is the number of samples, not the sum of weights, so a sample's gradient does not depend on the rest
-    of the batch. Balanced class weights have mean 1 over the training images.
+    The divisor is the number of samples, not the sum of weights, so a sample's gradient does not depend on the other
+    weights in the batch. Balanced class weights have mean 1 over the training images.
 
     Args:
         losses: `[batch]`.

@@ -1,7 +1,7 @@
 """Build the components of a training run: data and task (`load`), model (`build`), sampler and optimizer.
 
-Some methods first select the parameters to train, using training images. This selection is stored in the run folder,
-and a resumed run reuses it.
+Some methods first use images to select the parameters to train. This selection is stored in the run folder, and a
+resumed run reuses it.
 """
 
 import dataclasses
@@ -56,7 +56,8 @@ from snella_app.training.distributed import process_count
 SELECTION = "selection"
 """Subfolder of a run for the selected parameters and their initial values."""
 _READ_MARGIN = 4
-"""Minimum shorter side of decoded images, divided by the input size: crops of 1/16 of the area are not upsampled."""
+"""Minimum shorter side of decoded images relative to the input size, so that square crops of 1/16 of the area are not
+upsampled."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class LoadedData:
         task: Task fitted to the training images.
         started_at: `time.monotonic()` at the start of loading.
         source: Dataset object that `config.spec` names; None if the data is loaded from the specification.
-        batch_size: Batch size of passes over the images before training.
+        batch_size: Batch size for passes over the images before training.
         shows_progress: True to show progress bars on a terminal.
     """
 
@@ -98,11 +99,11 @@ def mix_seed(*parts: int) -> int:
 
 
 class EpochSampler(Sampler[int]):
-    """Sampler over `range(length)` in an order that depends only on `(seed, epoch, size)`.
+    """Sampler over `range(length)` in an order that depends only on the arguments and the epoch.
 
     Without weights, a sequence of random permutations is cut into epochs of `size` items. After any number of epochs,
-    the items have therefore occurred equally often, up to one occurrence. With weights, each epoch samples `size` items
-    with replacement, with probabilities proportional to the weights.
+    the numbers of occurrences of the items therefore differ by at most one. With weights, each epoch samples `size`
+    items with replacement, with probabilities proportional to the weights.
 
     Args:
         length: Number of items.
@@ -135,7 +136,7 @@ class EpochSampler(Sampler[int]):
         return iter(torch.cat(permutations)[start - offset : stop - offset].tolist())
 
     def _generator(self, number: int) -> torch.Generator:
-        """Return the generator of an epoch, if there are weights, or of a permutation."""
+        """Return the generator for the epoch or, if there are no weights, the permutation with this number."""
         return torch.Generator().manual_seed(mix_seed(self.seed, number))
 
     def __len__(self) -> int:
@@ -158,7 +159,7 @@ def selection_data(
 
     The batches are reproducible from the seed and never contain test images. Pass `k` over the training images uses the
     order and augmentation of epoch `k` of a run without `epoch_images`. Validation images keep their order. `console`,
-    if given, shows messages and the progress.
+    if given, shows messages and, with `data.shows_progress`, a progress bar.
     """
     pass_numbers = count()
     task = data.task
@@ -214,14 +215,14 @@ class RunComponents:
 
     Attributes:
         splits: Images with their transforms.
-        model: Model from `build_method`.
+        model: Backbone with the method applied.
         task: Task fitted to the training images.
         backbone: Record of the backbone.
         data_config: Preprocessing in timm's format.
         seed: Seed of the run.
         workers: Number of data loading processes.
         trained_part: The head, if the splits contain its precomputed inputs; None if training runs the whole model.
-        probe_features: Pooled features, before training, of the images for a linear probe. Set by
+        probe_features: Pooled features of the images for a linear probe, computed before training. Set by
             `snella_app.training.linear_probe`.
         initial_layer_features: Features of several layers for the same images. Reset to None before the model is
             trained, because training changes them.
@@ -246,7 +247,7 @@ def load(
 
     Raises:
         ValueError: If the batch size exceeds the number of training images or is below the number of processes, or if
-            data and task do not fit together.
+            the data does not fit the task.
 
     Other errors as for `snella_app.data.load.load_data`.
     """
@@ -284,7 +285,7 @@ def build(
     resume or to start from. If it has a stored selection, this selection is reused.
 
     Raises:
-        ValueError: If data, model and method do not fit together.
+        ValueError: If the data, the model and the method do not fit together.
         AdapterFileError: If the stored selection is damaged.
 
     Other errors as for `snella_app.backbones.create.create_backbone`.
@@ -345,7 +346,7 @@ def set_drop_path(model: nn.Module, head: str, rate: float) -> None:
     num_replaced = 0
     for index, (_, block) in enumerate(blocks):
         for name in ("drop_path", "drop_path1", "drop_path2"):
-            # the default is not None, because blocks of timm's ResNet have `drop_path` None
+            # the default is not None, because `drop_path` is None in blocks of timm's ResNet, where it is replaced, too
             if isinstance(getattr(block, name, ""), nn.Identity | DropPath | None):
                 setattr(block, name, DropPath(rate * index / max(len(blocks) - 1, 1)))
                 num_replaced += 1
@@ -367,7 +368,7 @@ def checkpoint_gradients(model: nn.Module) -> None:
             try:
                 set_checkpointing(True)
                 return
-            except AssertionError:  # timm's models without support also have the method
+            except AssertionError:  # timm models that do not support it have the method, too
                 break
     raise ValueError(
         f"grad_checkpointing needs a backbone that supports it, got {type(base).__name__}; leave it out and use a "
@@ -401,7 +402,7 @@ def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> Non
 def _selection_images(
     method: str, data: LoadedData, splits: DataSplits, data_config: dict[str, Any]
 ) -> tuple[ImageDataset, ImageDataset | None]:
-    """Return the training images and, if there are any, the validation images for the selection.
+    """Return the training images and, if there are any, the validation images from which a method selects parameters.
 
     If the method needs validation images and the protocol provides none, both come from the `standard` protocol.
     """
@@ -418,7 +419,7 @@ def _selection_images(
 def resolve_data_config(model: nn.Module, img_size: int | None) -> dict[str, Any]:
     """Return the model's preprocessing in timm's format, as values that JSON can represent.
 
-    `img_size` replaces the model's input size.
+    `img_size`, if given, replaces the model's input size.
     """
     config = dict(timm.data.resolve_model_data_config(model))
     if img_size is not None:
@@ -430,7 +431,7 @@ def resolve_data_config(model: nn.Module, img_size: int | None) -> dict[str, Any
 
 
 def read_side(data_config: Mapping[str, Any], images: ImageDataset) -> int | None:
-    """Return the minimum shorter side at which images are decoded, large enough for crops.
+    """Return the minimum shorter side of decoded images, in pixels; see `_READ_MARGIN`.
 
     Returns None for images with masks, which are decoded at full resolution.
     """
@@ -456,7 +457,7 @@ def build_optimizer(
         lr: Learning rate of the method's parameters.
         head_lr: Learning rate of the head. Defaults to `lr`.
         weight_decay: Weight decay of matrices.
-        scalar_lr: Learning rate of the scalar kernel parameters. Defaults to that of the method.
+        scalar_lr: Learning rate of the scalar kernel parameters. None selects the default of `Method.optimizer`.
         layer_decay: Factor by which the learning rate decreases with each layer below the head; None for no decay.
 
     Raises:
@@ -476,7 +477,7 @@ def build_optimizer(
 
 
 def _parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Group the trainable parameters by location (head or backbone) and number of dimensions (up to one, or more)."""
+    """Group the trainable parameters by location (head or backbone) and number of dimensions (at most one, or more)."""
     head = ("base_model.model." if isinstance(model, PeftModel) else "") + spec_of(model).head
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -39,33 +39,33 @@ _SNAPSHOTS_FILE = "epoch_ends.safetensors"
 _ESTIMATE_STEPS = 4
 """Number of steps after which the remaining time is estimated."""
 _ESTIMATE_S = 20.0
-"""Seconds after which two steps suffice. One step does not, because the first step compiles."""
+"""Seconds after which two steps suffice for the estimate. One does not, because the first step compiles."""
 _LONG_S = 300.0
-"""Remaining time above which the display suggests how to shorten the run."""
+"""Remaining seconds above which the display suggests how to shorten the run."""
 _LINE_S = 30.0
-"""Seconds between progress lines without a terminal."""
+"""Minimum seconds between progress lines, which are printed if the output is not a terminal."""
 _TIMED_STEPS = 20
-"""Number of recent step ends from which the median step time is computed."""
+"""Maximum number of recent step ends from which the median step time is computed."""
 _LOGGED_STEPS = 10
 """Steps between logged values."""
 _RISING_RATIO = 1.5
-"""Ratio to the first epoch's loss above which a rising loss triggers a warning."""
+"""Ratio of an epoch's loss to the first epoch's above which the display warns about a rising loss."""
 _RISING_AFTER_STEPS = 20
-"""Initial steps without this warning: after linear-probe initialization, the loss may rise as the backbone changes."""
+"""First step that may trigger this warning: after a linear probe, the loss may rise as the backbone changes."""
 
 
 class WeightAverage(TrainerCallback):
     """Exponential moving average of the trainable parameters.
 
-    average ← d_t · average + (1 − d_t) · value,   d_t = min(decay, (1 + t) / (10 + t)),   t = 1, 2, … steps
+    average ← d_t · average + (1 − d_t) · value,   d_t = min(decay, (1 + t) / (10 + t)),   t = 1, 2, … (steps)
 
     The decay warms up; without warmup, a short run with a decay of 0.9999 would be dominated by the initial values.
-    During warmup the average spans about the last ninth of the steps.
+    During warmup, the average spans about the last ninth of the steps.
 
-    Trained parameters (factors, scalars and head) and the running statistics that training updates are averaged.
-    Budgets are buffers and keep their current values. The magnitude threshold of each update is recomputed from the
-    averaged factors, so the number of nonzero entries still equals the budget. Averaging the sparse updates themselves,
-    or restoring old budgets, would lose the sparsity.
+    The trained parameters (in SNELLA: factors, kernel scalars and head) and the running statistics that training
+    updates are averaged. Budgets are buffers and keep their current values. The magnitude threshold of each update is
+    recomputed from the averaged factors, so the number of nonzero entries stays within the budget. Averaging the sparse
+    updates themselves, or restoring old budgets, would lose the sparsity.
 
     Args:
         model: Model from `build_method`. The parameters that are trainable now are averaged.
@@ -111,7 +111,7 @@ class WeightAverage(TrainerCallback):
         """Load the averages from a checkpoint.
 
         Raises:
-            CheckpointError: If the checkpoint has no averages, or has averages of other parameters.
+            CheckpointError: If the checkpoint has no averages, or has averages of different parameters.
         """
         path = require_file(checkpoint, _AVERAGE_FILE)
         with safe_open(path, "pt") as file:
@@ -124,8 +124,8 @@ class WeightAverage(TrainerCallback):
 class EpochSnapshots:
     """Trained parameters of the last epochs, for averaging after training.
 
-    They include the same running statistics as those of `WeightAverage`. The averaged update uses the budgets of the
-    last step and therefore has the target sparsity.
+    They include the same running statistics as `WeightAverage`. The averaged update uses the budgets of the last step
+    and therefore has the target sparsity.
 
     Args:
         model: Model from `build_method`. The parameters that are trainable now are stored, on the CPU.
@@ -144,7 +144,7 @@ class EpochSnapshots:
         return sorted(self._values)
 
     def add(self, epoch: int) -> None:
-        """Store the current values for an epoch and drop the oldest epoch beyond `count`."""
+        """Store the current values for an epoch, and drop all but the latest `count` epochs."""
         self._values[epoch] = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
         for old in self.epochs[: -self.count]:
             del self._values[old]
@@ -170,7 +170,7 @@ class EpochSnapshots:
         """Load the values from a checkpoint.
 
         Raises:
-            CheckpointError: If the checkpoint has no values, or has values of other parameters.
+            CheckpointError: If the checkpoint has no values, or has values of different parameters.
         """
         path = require_file(checkpoint, _SNAPSHOTS_FILE)
         self._values = {}
@@ -188,7 +188,7 @@ def _trained_tensors(model: nn.Module, statistics: Mapping[str, torch.Tensor] | 
 
 
 def _check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> None:
-    """Raise CheckpointError unless a checkpoint's file has a value for each averaged tensor, and no others."""
+    """Raise CheckpointError unless a checkpoint file contains exactly the averaged tensors."""
     if different := sorted(set(stored) ^ set(expected))[:3]:
         raise CheckpointError(
             f"{path} does not match this model's trainable parameters, which differ in {', '.join(different)}; "
@@ -271,7 +271,7 @@ class StepTimeCallback(TrainerCallback):
             self.reserved_bytes.append(torch.cuda.memory_reserved(self.device))
 
     def summary(self) -> dict[str, Any]:
-        """Return the median step time in seconds, and GPU memory in bytes, named as in PEFT's method comparison.
+        """Return the median step time in seconds, and GPU memory in bytes under the names of PEFT's method comparison.
 
         Values that were not measured, such as the memory on a CPU, are None.
         """
@@ -294,10 +294,11 @@ class StepTimeCallback(TrainerCallback):
 class TrackingCallback(TrainerCallback):
     """Callback that logs values to experiment trackers.
 
-    Every few steps, it logs the loss and the throughput. Every epoch, it logs four values of each adapted matrix: its
-    budget, its importance, the magnitude threshold of its sparse update S, and the relative size ‖scaling·S‖ / ‖W0‖ of
-    the update, where W0 is the pre-trained matrix. It also logs the total budget, the total update size, and the number
-    of frozen matrices, i.e. those with a budget of 0. The Trainer itself logs the metrics of an epoch.
+    Every few steps, it logs the loss and the throughput. For methods with budgets, it logs four values of each adapted
+    matrix every epoch: its budget, its importance, the magnitude threshold of its sparse update S, and the relative
+    size ‖scaling·S‖ / ‖W0‖ of the update, where W0 is the pre-trained matrix. It then also logs the total budget, the
+    relative size of all updates together, and the number of frozen matrices, i.e. those with a budget of 0. The Trainer
+    itself logs the metrics of an epoch.
 
     Args:
         trainer: Trainer that sends the values to its trackers.
@@ -369,9 +370,9 @@ class ProgressDisplay(TrainerCallback):
 
     Args:
         console: Output console. The bar appears only on a terminal.
-        trainer: Trainer of the run. Without `progress` in its plan, neither the bar nor the lines that replace it
+        trainer: Trainer of the run. If its plan disables `progress`, neither the bar nor the lines that replace it
             appear.
-        shorten: Maps the remaining time, divided by five minutes, to a hint on shortening the run.
+        shorten: Function that maps the remaining time, divided by five minutes, to a hint on how to shorten the run.
     """
 
     def __init__(self, console: Console, trainer: "SnellaTrainer", shorten: Callable[[float], str]) -> None:
@@ -391,9 +392,9 @@ class ProgressDisplay(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Restore the best score and the first loss of a resumed run, and start the bar at the current step."""
-        past_epochs = [row for row in state.log_history if "budget" in row]  # only rows of epochs have it
+        past_epochs = [row for row in state.log_history if "budget" in row]  # only epoch rows have a budget
         self._best = max((self.trainer.selection_score(row) for row in past_epochs), default=self._best)
-        # the loss of epoch 0, before training, is NaN
+        # epoch 0 is the model before training, so its training loss is NaN
         self._first_loss = next((row["train_loss"] for row in past_epochs if math.isfinite(row["train_loss"])), None)
         self._last_line = time.monotonic()
         self._step_ends.append(self._last_line)
@@ -412,7 +413,7 @@ class ProgressDisplay(TrainerCallback):
             self._bar.start()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Update the bar, or print the estimated remaining time once and progress lines at intervals."""
+        """Update the bar or print progress lines at intervals, and print the estimated remaining time once."""
         if not state.is_world_process_zero:
             return
         now = time.monotonic()
@@ -473,8 +474,8 @@ class ProgressDisplay(TrainerCallback):
             self._has_warned = True
             print_line(
                 self.console,
-                f"the training loss has risen from {self._first_loss:.4f} to {loss:.4f}: the learning rate is too "
-                "high; stop and retry with a third of --lr",
+                f"the training loss has risen from {self._first_loss:.4f} to {loss:.4f}: the learning rate is probably "
+                "too high; stop the run and retry with --lr reduced to a third",
             )
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
@@ -488,18 +489,18 @@ class ProgressDisplay(TrainerCallback):
             self._bar = None
 
     def _step_s(self) -> float:
-        """Return the median time of recent steps, if possible without the first step, which compiles."""
+        """Return the median time of recent steps, except the oldest if there are several: the first step compiles."""
         spans = [after - before for before, after in pairwise(self._step_ends)]
         return statistics.median(spans[1:] or spans)
 
     def _throughput(self) -> str:
-        """Format the throughput. Returns an empty string after the first step, whose time includes compilation."""
+        """Format the throughput. Returns an empty string before the second step, because the first one compiles."""
         if len(self._step_ends) <= 2:
             return ""
         return f"  {self.trainer.plan.optim.images_per_step / max(self._step_s(), 1e-9):,.0f} images/s"
 
     def _budget(self) -> str:
-        """Format the total budget as a fraction of the adapted weights. Returns an empty string without budgets."""
+        """Format the total budget as a fraction of the adapted weights. Returns an empty string if there is none."""
         allocator = self.trainer.allocator
         if allocator is None:
             return ""

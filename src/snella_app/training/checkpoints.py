@@ -32,7 +32,7 @@ from snella_app.training.distributed import is_main, mean_across_processes, proc
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST = "manifest.json"
-"""Last file written to a checkpoint: the run's id and the SHA-256 digests of all other files."""
+"""Last file written to a checkpoint: the run's ID and the SHA-256 digests of all other files."""
 BEST = "best"
 """Folder next to the checkpoints for the best epoch's weights, if `finish` saves the last epoch as the adapter."""
 _PROGRESS_FILE = "progress.json"
@@ -53,7 +53,7 @@ class CheckpointError(OSError):
 
 
 def require_file(checkpoint: Path, name: str) -> Path:
-    """Return the path of a checkpoint's file.
+    """Return the path of a file in a checkpoint.
 
     Raises:
         CheckpointError: If the file is missing.
@@ -85,7 +85,7 @@ def checkpoint_to_resume(run: BaseRunFolder[Any], console: Console) -> Path | No
     """Return the latest intact checkpoint and remove all others. Return None if there are no checkpoints.
 
     Raises:
-        CheckpointError: If all checkpoints are damaged. The message states the damage of the latest and the remedies.
+        CheckpointError: If all checkpoints are damaged. The message states the damage to the latest and the remedies.
     """
     damaged: list[str] = []
     run_id = run.id
@@ -108,7 +108,7 @@ def checkpoint_to_resume(run: BaseRunFolder[Any], console: Console) -> Path | No
 
 
 def find_damage(checkpoint: Path, run_id: str | None) -> str:
-    """Describe the damage of a checkpoint's files without loading them.
+    """Describe the damage to the files of a checkpoint without loading them.
 
     Returns an empty string for an intact checkpoint of the run with this ID.
     """
@@ -183,7 +183,7 @@ def convert_read_errors(checkpoint: str | Path | None) -> Iterator[None]:
 
 @contextmanager
 def stage_checkpoint(run: BaseRunFolder[Any], name: str) -> Iterator[Path]:
-    """Write a new checkpoint to a staging folder, add digests and publish it with a single rename.
+    """Stage a new checkpoint inside the context, then add digests and publish it with a single rename.
 
     Yields:
         The staging folder; only its subfolder `name` is published.
@@ -210,7 +210,7 @@ def stage_checkpoint(run: BaseRunFolder[Any], name: str) -> Iterator[Path]:
 
 @contextmanager
 def convert_write_errors(target: Path) -> Iterator[None]:
-    """Convert a failed write of a checkpoint or adapter to `CheckpointError`.
+    """Convert a failed write of a checkpoint or adapter inside the context to `CheckpointError`.
 
     Raises:
         CheckpointError: If writing fails. The message states the free space and the previous checkpoint or adapter.
@@ -253,7 +253,7 @@ def is_write_failure(error: BaseException) -> bool:
 
 
 class CheckpointingTrainer(Trainer):
-    """Trainer with atomic checkpoints of only the trained weights.
+    """Trainer with atomic checkpoints that omit the frozen weights.
 
     Differences from transformers' Trainer:
     - A checkpoint contains no frozen weights and is published atomically.
@@ -302,21 +302,21 @@ class CheckpointingTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the gradient norm before clipping and check that it is finite."""
+        """Return the gradient norm before clipping and, except in fp16, check that it is finite."""
         norm = super()._get_grad_norm(model, grad_norm)
-        if not self.args.fp16 and not math.isfinite(float(norm)):  # in fp16 the scaler skips the step
+        if not self.args.fp16 and not math.isfinite(float(norm)):  # in fp16, the scaler skips the step
             raise self._not_finite("the gradient", float(norm))
         return norm
 
     def _not_finite(self, what: str, value: float) -> Exception:
-        """Build the error, which states the step, the last saved state and the remedy (implemented by subclasses)."""
+        """Build the error, which states the step, the last saved state and the remedy. Subclasses implement this."""
         raise NotImplementedError
 
     def store_flos(self) -> None:
         """Do nothing: FLOPs are not tracked, and the base class would gather them from all processes."""
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Return the staging folder while a checkpoint is written, otherwise the folder of the checkpoints."""
+        """Return the staging folder while a checkpoint is being written, or else the folder of the checkpoints."""
         return str(self._staging or self.run_folder.checkpoints)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -369,8 +369,8 @@ def base_training_arguments(
 ) -> TrainingArguments:
     """Return Trainer arguments shared by all runs: one device per process, no console output.
 
-    `precision` is `"fp32"`, or `"bf16"` or `"fp16"` for autocast. `options` are other Trainer arguments. Among them,
-    `report_to` names experiment trackers, by default none.
+    `precision` is `"fp32"`, or `"bf16"` or `"fp16"` for autocast. `options` are additional Trainer arguments, such as
+    `report_to`, which names experiment trackers (by default, none).
     """
     with _accelerate_device(device):
         arguments = TrainingArguments(
@@ -395,7 +395,8 @@ def base_training_arguments(
 def _accelerate_device(device: torch.device) -> Iterator[None]:
     """Make Accelerate use a device, e.g. `cuda:1`, inside the context.
 
-    Accelerate selects the CPU and the GPUs of several processes itself.
+    Accelerate itself selects the CPU, and the GPUs of several processes. A device that is already set in the
+    environment takes precedence.
     """
     if device.type == "cpu" or process_count() > 1 or _DEVICE_VARIABLE in os.environ:
         yield

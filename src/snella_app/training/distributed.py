@@ -1,6 +1,6 @@
 """Distributed training with `torchrun` or `accelerate launch`: ranks, collectives, batches and FSDP2 sharding.
 
-The processes split each batch. Each of them holds the whole model, unless the frozen weights, i.e. those that are not
+The processes split each batch. Each process holds the whole model, unless the frozen weights, i.e. those that are not
 trained, are sharded.
 """
 
@@ -164,11 +164,11 @@ def main_process_only(context: contextlib.AbstractContextManager[Any]) -> Iterat
 class ShardedBatches(Sampler[list[int]]):
     """Batch sampler that splits each global batch into consecutive parts, one per process.
 
-    A small last batch may leave a process without images. Since it must run the same passes as the others, the process
-    then receives the first image of the batch, with a loss weight of 0.
+    A small last batch may leave a process without images. Since all processes must run the same passes, such a process
+    receives the first image of the batch, with a loss weight of 0.
 
     Args:
-        sampler: Image indices of an epoch, identical in all processes.
+        sampler: Sampler of the image indices of an epoch, identical in all processes.
         batch_size: Global batch size.
         rank: Rank of this process.
         count: Number of processes.
@@ -198,7 +198,7 @@ class ShardedBatches(Sampler[list[int]]):
 
 
 def _shard_size(batch_size: int, rank: int, num_processes: int) -> int:
-    """Return the number of images of a rank. If a batch cannot be split evenly, the lowest ranks get one more."""
+    """Return the number of images of a rank. If a batch cannot be split evenly, the lowest ranks get one more each."""
     return batch_size // num_processes + (rank < batch_size % num_processes)
 
 
@@ -206,8 +206,8 @@ def shard_frozen(model: nn.Module) -> None:
     """Shard the frozen weights of a model across processes, and broadcast the trainable ones, which stay replicated.
 
     A block's weights are gathered for its forward and its backward pass, and freed after each. Weights outside the
-    blocks are gathered for the whole pass of the model. All processes must run the same passes, and call
-    `average_gradients` after the last backward pass of a step.
+    blocks are gathered for the whole forward or backward pass of the model. All processes must run the same passes,
+    and call `average_gradients` after the last backward pass of a step.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -258,7 +258,7 @@ def sharding_savings(model: nn.Module, count: int) -> int:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the backbone's repeated blocks in forward order."""
+    """Return the backbone's repeated blocks in module order."""
     return [block for _, block in find_blocks(base_model(model), spec_of(model).head)]
 
 
@@ -271,7 +271,7 @@ def _drop_effective_weights(module: nn.Module, inputs: tuple[Any, ...], output: 
 
 
 def _frozen_bytes(module: nn.Module) -> int:
-    """Return the bytes of the frozen parameters."""
+    """Return the size of a module's frozen parameters in bytes."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
 
 
@@ -281,7 +281,7 @@ def _broadcast(flat: Tensor) -> None:
 
 
 def _apply_flattened(operation: Callable[[Tensor], None], tensors: list[Tensor]) -> None:
-    """Apply an in-place operation to tensors, concatenated into one vector per dtype."""
+    """Concatenate tensors into one vector per dtype, apply an in-place operation, and copy the results back."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)

@@ -1,4 +1,8 @@
-"""Final head of a run: the trained head, or a head on features of several layers, fitted after training."""
+"""Final head of a run: the trained head, or a head on features of several layers, fitted after training.
+
+The head on several layers is linear, or a mixture of a linear head and a kernel head. A kernel head computes outputs
+from the similarity of an image to the centers, i.e. the images to which the head was fitted.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -45,7 +49,7 @@ from snella_app.training.linear_probe import (
 )
 
 MIN_CENTERS = 32
-"""Minimum number of images, the centers of the kernel, for a kernel head."""
+"""Minimum number of images for a kernel head."""
 MAX_CENTERS = 6_000
 """Maximum number n of images for a kernel head. Its size grows with n, and its fitting time with n² to n³."""
 _INVERSE_PENALTY = 0.01
@@ -65,11 +69,12 @@ _EPS = 1e-6
 _MIN_STD = 1e-3
 """Standard deviation, relative to the median, below which heads ignore a feature."""
 _CHUNK_SIZE = 1_024
-"""Maximum number of images to which a head is applied at the same time."""
+"""Maximum number of images to which a head is applied at a time."""
 _SECONDS_PER_PRODUCT = 1e-8
-"""CPU seconds of both linear fits with `_ITERATIONS`, divided by images · views · features · outputs."""
+"""CPU seconds of the two linear fits in `fit_layers`, with at most `_ITERATIONS` iterations, divided by images · views
+· features · outputs."""
 _SECONDS_PER_SQUARE = 2e-10
-"""CPU seconds of both kernel fits, divided by n²·(features + n), for n images."""
+"""CPU seconds of the two kernel fits in `fit_layers`, divided by n²·(features + n), for n images."""
 _FIXED_SECONDS = 1.0
 """Part of the estimated time of the fits that does not depend on their sizes."""
 _CUDA_SPEEDUP = 10
@@ -83,7 +88,7 @@ class SplitFeatures:
     """Features and targets of a split.
 
     Attributes:
-        views: Features of the images, and of their flips with test-time augmentation; each `[images, width]`.
+        views: Features of the images and, with test-time augmentation, of their flips; each `[images, width]`.
         labels: Labels as collated by `Task.collate`.
         weights: Sample weights `[images]`; None for equal weights.
     """
@@ -99,7 +104,7 @@ class LayerFit:
 
     Attributes:
         probe: The probe from the final fit.
-        val: Reduced outputs and labels of the validation images from the first fit; None without validation images.
+        val: Reduced outputs and labels of the validation images from the first fit; None if there are none.
         trained_val: The same for the trained head; None if `val` or the result of `trained_head` is None.
     """
 
@@ -118,8 +123,9 @@ def compute_features(
 ) -> SplitFeatures:
     """Compute features of several layers with the evaluation transform, under the caller's autocast.
 
-    The views are the images and, with `views=2`, their flips. `first_view` contains precomputed features of the images.
-    With the weighted `sampler` of `DataConfig`, the sample weights are multiplied by weights that balance the classes.
+    The views are the images and, if `views` is at least 2, their flips. `first_view` contains precomputed features of
+    the images. With the weighted `sampler` of `DataConfig`, the sample weights are multiplied by weights that balance
+    the classes.
     """
     transform = build_transform(parts.data_config, train=False, augment="none")
     dataset = original_images(images).with_transform(transform)
@@ -143,15 +149,15 @@ def compute_features(
 def fit_layers(parts: RunComponents, train: ImageDataset, data: DataConfig, optim: OptimConfig) -> LayerFit:
     """Fit a head to features of several layers of the trained model.
 
-    With validation images, a head is first fitted to the training images only, to evaluate it on the validation images.
-    The final fit uses both splits, with at most `MAX_PROBE_IMAGES` validation images.
+    If there are validation images, a head is first fitted to only the training images, to evaluate it on the validation
+    images. The final fit uses both splits, with at most `MAX_PROBE_IMAGES` validation images.
 
-    If `parts.initial_layer_features` is set, the model has not been trained since they were computed, so they are used
-    as the features of the training images. All other features are computed under autocast with the training precision,
-    since bfloat16 is faster. The returned probe computes in the precision of its inputs.
+    If `parts.initial_layer_features` is set, the model has not been trained since these features were computed, so they
+    are used for the training images. All other features are computed under autocast with the training precision, since
+    bfloat16 is faster. The returned probe does not enable autocast.
 
-    For tasks with `has_kernel_fit` and between `MIN_CENTERS` and `MAX_CENTERS` images, the head is a mixture of a
-    kernel head and a linear head. Otherwise, it is a linear head.
+    If `uses_kernel` returns True for the number of images in the final fit, the head is a mixture of a kernel head and
+    a linear head. Otherwise, it is linear.
 
     Args:
         parts: Model, task and validation images.
@@ -252,9 +258,9 @@ def uses_kernel(task: Task, images: int) -> bool:
 def is_clearly_worse(task: Task, candidate: tuple[Any, Any], trained: tuple[Any, Any]) -> bool:
     """Return whether the outputs `candidate` are clearly worse than the trained head's on the same validation images.
 
-    Both arguments are outputs reduced by `Task.reduce`, and labels. For single-label classification, the difference
-    must exceed three standard errors, because the trained head's epoch was selected on these images, and the final head
-    will also be fitted to them:
+    Both arguments are pairs of outputs, reduced by `Task.reduce`, and labels. For single-label classification, the
+    difference must exceed three standard errors, because the trained head's epoch was selected on these images, and the
+    final head will also be fitted to them:
 
         Σ d_i > 3 √(Σ d_i²)
 
@@ -362,7 +368,7 @@ def fit_kernel(task: Task, split: SplitFeatures, num_outputs: int) -> KernelHead
     Nearly constant features are ignored. The scale s is the one of 13 candidates with the lowest weighted cross-entropy
     of the leave-one-out predictions `s (y_i − A_i / M_ii)`.
 
-    Source: Saunders et al., 1998 (ridge regression); Rasmussen and Williams, 2006, eq. 5.12 (leave-one-out).
+    Sources: Saunders et al., 1998 (ridge regression); Rasmussen and Williams, 2006, eq. 5.12 (leave-one-out).
     """
     features = torch.stack(split.views).mean(0)
     centers, mean, std = _standardized(features)
@@ -410,7 +416,7 @@ def leave_one_out_classes(views: Sequence[Tensor], labels: Tensor, num_outputs: 
 
 
 def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return means and standard deviations of features; infinite standard deviations for nearly constant ones."""
+    """Return the means and standard deviations of features; the latter are infinite for nearly constant features."""
     std = features.std(0, correction=0)
     return features.mean(0), std.where(std > _MIN_STD * std.median() + _EPS, math.inf)
 
@@ -434,7 +440,7 @@ def _kernel_ridge(centers: Tensor, targets: Tensor, weights: Tensor) -> tuple[Te
 
 @torch.no_grad()
 def _outputs(task: Task, split: SplitFeatures, head: Callable[[Tensor], Tensor]) -> OutputsAndLabels:
-    """Compute reduced outputs, averaged over the views, and labels."""
+    """Average a head's outputs over the views, and return the reduced outputs and labels."""
     outputs = [_apply_in_chunks(head, view) for view in split.views]
     averaged = outputs[0] if len(outputs) == 1 else task.average_outputs(outputs)
     reduced, labels = task.reduce(averaged, split.labels)

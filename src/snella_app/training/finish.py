@@ -85,7 +85,7 @@ class LiveReport(TrainerCallback):
         if start - self._written_at < self._pause:
             return
         trainer = self.trainer
-        with contextlib.suppress(OSError, ValueError):  # e.g. a full disk, which saving the checkpoint reports
+        with contextlib.suppress(OSError, ValueError):  # e.g. a full disk, which the next checkpoint reports
             allocation = None
             if trainer.allocator is not None:
                 allocation = describe_allocation(trainer.parts.model, trainer.allocator)
@@ -110,7 +110,7 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
         last_epoch = _fit_last_epoch(trainer, Path(folder))
         if trainer.feature_norm is not None:
             trainer.feature_norm.remove()
-            trainer.feature_norm = None  # saved weights include it
+            trainer.feature_norm = None  # the saved weights include it
         best_folder = run.checkpoints / BEST
         load_trained_into(parts.model, best_folder if best_folder.is_dir() else run.adapter)
         if best_folder.is_dir():  # an interrupted `finish` has replaced the adapter
@@ -175,7 +175,9 @@ class _LastEpoch:
 
 
 def _fit_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | None:
-    """Fit a head on several layers to the last epoch's model, and write its weights or `ema` average to a folder.
+    """Fit a head on several layers to the last epoch's model, and write the model's trained weights to a folder.
+
+    With `ema`, the model has the averaged weights.
 
     Returns:
         The folder and the fit. None if `_fits_layers` or `fits_last_epoch` is False, if the last epoch is the best one,
@@ -212,7 +214,7 @@ def _measure(
     """Choose the final head, and compute its outputs on the validation and test images.
 
     Returns:
-        The outputs by split, and the record of the head on several layers. None if no such head was fitted.
+        The outputs by split, and the record of the head on several layers, which is None if no such head was fitted.
     """
     parts = trainer.parts
     plan = trainer.plan
@@ -347,13 +349,13 @@ def best_epoch(
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size in bytes of the weight files in an adapter folder, except that of a head on several layers."""
+    """Return the size in bytes of the weight files in an adapter folder, except the head on several layers."""
     files = (path for path in folder.glob("*.safetensors") if path.name != LAYER_PROBE)
     return sum(path.stat().st_size for path in files)
 
 
 def describe_allocation(model: nn.Module, allocator: BudgetAllocator) -> Allocation:
-    """Build the allocation record: matrices with the model's current budgets, and budget history."""
+    """Build the allocation record: the matrices with their current budgets, and the history of the budgets."""
     matrices = [
         MatrixInfo(m.name, m.kind, m.depth, tuple(m.shape), m.size, m.budget, m.nonzeros()) for m in matrices_of(model)
     ]
@@ -369,7 +371,7 @@ def describe_allocation(model: nn.Module, allocator: BudgetAllocator) -> Allocat
 def _print_results(
     console: Console, trainer: SnellaTrainer, metrics: Metrics, scores: dict[str, dict[str, Any] | None]
 ) -> None:
-    """Print the selected epoch, its results and the sparsity of the adapter."""
+    """Print the selected epoch, its results and the sparsity of the update."""
     parts = trainer.parts
     protocol = trainer.protocol
     epochs = trainer.plan.optim.epochs

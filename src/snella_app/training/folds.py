@@ -1,4 +1,4 @@
-"""Cross-validation: one run per fold and a table over folds."""
+"""Cross-validation: one run per fold, and a table of the results."""
 
 import dataclasses
 import statistics
@@ -29,11 +29,12 @@ def is_cross_validation(folder: str | Path) -> bool:
 
 
 def train_folds(config: TrainConfig, console: Console | None = None, **options: Any) -> FoldResults:
-    """Train one run per fold in `OUT/fold-1`, `OUT/fold-2`, …, and write a table over the folds.
+    """Train one run per fold in `OUT/fold-1`, `OUT/fold-2`, …, and write a table of the results.
 
-    Each of K folds holds out about 1/K of the images, stratified by class. Images of a group stay together. A fold is
-    an ordinary run (`snella evaluate OUT/fold-2`) with a separate validation split for epoch selection. If the data has
-    a test split, the folds are the validation splits, and all models are evaluated on the test split.
+    Each of K folds holds out about 1/K of the images, stratified by class. Images of a group stay together. Each fold
+    is trained as an ordinary run (`snella evaluate OUT/fold-2`): the held-out images are the test split, and a separate
+    validation split is used for epoch selection. If the data already has a test split, the held-out images are the
+    validation split instead, and all models are evaluated on the test split.
 
     Args:
         config: Settings as for `train`, with `folds`. With `resume`, only unfinished folds are trained.
@@ -44,7 +45,7 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
         The content of `OUT/folds.json`; `folds.md` and `folds.html` present it as tables.
 
     Raises:
-        FileExistsError: If the folder is a file, or contains a single run or other files. Also if it contains folds,
+        FileExistsError: If `out` is a file, or contains a single run or other files. Also if it contains folds,
             and neither `resume` nor `overwrite` is set.
         FileNotFoundError: If `resume` is set, the folder contains no folds, and `data` or `backbone` is not set.
         ValueError: If the settings or images of resumed folds have changed.
@@ -145,15 +146,13 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
         raise FileExistsError(f"out={folder.path} contains a single run; choose another folder for folds")
     if stored is not None and not config.run.overwrite:
         raise FileExistsError(
-            f"out={folder.path} contains a cross-validation of {stored.folds} folds; continue it with --resume, choose "
-            "another folder, or start over with --overwrite"
+            f"out={folder.path} contains a cross-validation with {stored.folds} folds; continue it with --resume, "
+            "choose another folder, or start over with --overwrite"
         )
-    # config.yaml alone: the process was killed before it wrote the results
+    # `config.yaml` alone is accepted: the process was killed before it wrote the results
     names = [path.name for path in folder.path.iterdir()] if folder.path.is_dir() else []
     if stored is None and any(name != "config.yaml" and not name.startswith(".") for name in names):
-        raise FileExistsError(
-            f"out={folder.path} contains files but no cross-validation; choose an empty or a new folder"
-        )
+        raise FileExistsError(f"out={folder.path} contains files but no cross-validation; choose a new or empty folder")
     if not config.data.spec or not config.model.backbone:
         raise FileNotFoundError(
             f"out must be the folder of a cross-validation to resume, got {folder.path}, which has none"

@@ -1,4 +1,7 @@
-"""Linear heads on pooled features: cached features, probe initialization and feature normalization."""
+"""Linear heads on pooled features: cached features, probe initialization and feature normalization.
+
+Pooled features are the inputs of a model's head. A linear probe is a linear head fitted to them before training.
+"""
 
 from __future__ import annotations
 
@@ -67,10 +70,10 @@ class FeatureDataset(Dataset[tuple[Any, ...]]):
         return self.images.target_and_weight(index)
 
     def set_epoch(self, epoch: int) -> None:
-        """No-op; features do not depend on the epoch."""
+        """Do nothing: the features do not depend on the epoch."""
 
     def image(self, index: int) -> Image.Image:
-        """Return the original image, RGB."""
+        """Return the original image in RGB."""
         return self.images.image(index)
 
 
@@ -82,7 +85,7 @@ def original_images(images: ImageDataset | FeatureDataset) -> ImageDataset:
 def can_cache_features(data: DataConfig, model: nn.Module) -> bool:
     """Return whether the head's inputs are constant, as in a linear probe of a timm model without augmentation."""
     method = method_of(model)
-    # dropout and drop path, as modules or as timm's functional `drop_rate`
+    # rates of dropout and drop path modules, and of timm's functional dropout (`drop_rate`)
     rates = [getattr(module, name, None) for module in model.modules() for name in ("p", "drop_prob", "drop_rate")]
     return (
         method is not None
@@ -122,7 +125,7 @@ def extract_features(
     layers: Sequence[int] | None = None,
     flips: Sequence[bool] = (False,),
 ) -> list[Tensor]:
-    """Compute features of images in evaluation mode, in the autocast context of the caller.
+    """Compute features of images with the model in evaluation mode, under the caller's autocast.
 
     Args:
         parts: Model and number of workers.
@@ -153,7 +156,7 @@ def extract_features(
 
 
 def encoded_targets(task: Task, images: ImageDataset | FeatureDataset, indices: Iterable[int]) -> dict[str, Tensor]:
-    """Collate `labels` and, if present, sample `weights` for the images `indices`, without decoding images."""
+    """Collate `labels` and, if present, sample `weights` for the images at `indices`, without decoding images."""
     return task.collate([(torch.empty(0), *images.target_and_weight(index)) for index in indices])
 
 
@@ -184,7 +187,7 @@ def probe_features(parts: RunComponents, optim: OptimConfig) -> Tensor:
     """Return the pooled features of the probe images before training, `[images, width]`.
 
     The first call must take place before training; later calls return the cached features. If the final head uses
-    several layers, the first call also caches the features of these layers.
+    several layers, the first call also caches the features of these layers, unless `cache_features` was called before.
     """
     if parts.probe_features is not None:
         return parts.probe_features
@@ -208,7 +211,7 @@ def probe_features(parts: RunComponents, optim: OptimConfig) -> Tensor:
 
 
 def probe_images(parts: RunComponents, indices: NDArray[np.int64]) -> ImageDataset:
-    """Return the training images `indices` with the evaluation transform."""
+    """Return the training images at `indices` with the evaluation transform."""
     transform = build_transform(parts.data_config, train=False, augment="none")
     return parts.splits.train.with_transform(transform).subset(indices.tolist())
 
@@ -231,7 +234,7 @@ def can_skip_training(optim: OptimConfig, protocol: str) -> bool:
 
 
 def _find_linear_head(model: nn.Module) -> nn.Linear | None:
-    """Return the head if it is a single linear layer with bias on the pooled features of a timm model; else None."""
+    """Return the head if it is a single linear layer with a bias on the pooled features of a timm model; else None."""
     base, head = base_and_head(model)
     if not isinstance(head, nn.Linear) or head.bias is None or not _has_timm_features(base):
         return None
@@ -255,8 +258,8 @@ def init_head_from_probe(parts: RunComponents, optim: OptimConfig, sampler: str 
     """Initialize the head with a linear probe on the features before training.
 
     The probe is a logistic regression for single-label classification, one logistic regression per label (`multilabel`)
-    or per rank (`ordinal`), and a ridge regression for regression; see `Task.fit_linear`. It uses the class weights,
-    sample weights and sampler (`DataConfig.sampler`) of training.
+    or per rank (`ordinal`), and a ridge regression for regression tasks; see `Task.fit_linear`. It uses the class
+    weights, sample weights and sampler (`DataConfig.sampler`) of training.
 
     A random head sends random gradients through the backbone in the first steps; a fitted head does not (Kumar et al.,
     2022, arXiv 2202.10054). The fit uses at most `MAX_PROBE_IMAGES` training images without augmentation. Features from
@@ -299,7 +302,7 @@ def base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 def is_clearly_better(only_first: int, only_second: int) -> bool:
     """Return whether the first of two classifiers is clearly better (McNemar's test, two standard errors).
 
-    Each argument is the number of images that only this classifier predicts correctly.
+    Each argument is the number of images that only the respective classifier predicts correctly.
     """
     return only_first - only_second > 2.0 * math.sqrt(only_first + only_second)
 
@@ -377,7 +380,7 @@ class FeatureNorm(TrainerCallback):
     def folded(self) -> Iterator[None]:
         """Replace the head's weights inside the context with those for unnormalized features: `W / σ`, `b − W μ / σ`.
 
-        For saving the weights. The model must not be called inside, since the head's inputs are still normalized.
+        Use it to save the weights. The model must not be called inside, since the head's inputs are still normalized.
         """
         weight, bias = self.head.weight.detach().clone(), self.head.bias.detach().clone()
         with torch.no_grad():
@@ -393,7 +396,7 @@ class FeatureNorm(TrainerCallback):
     def remove(self) -> None:
         """Stop normalizing the head's inputs.
 
-        The weights stay the same, so the outputs change until weights saved under `folded` are loaded.
+        The weights stay the same, so the outputs change until weights saved inside `folded` are loaded.
         """
         self._handle.remove()
 
@@ -405,7 +408,7 @@ class FeatureNorm(TrainerCallback):
         """Load the statistics from a checkpoint.
 
         Raises:
-            CheckpointError: If the checkpoint has no statistics, or has statistics of another width.
+            CheckpointError: If the checkpoint has no statistics, or has statistics of a different width.
         """
         path = require_file(checkpoint, _NORM_FILE)
         stored = load_file(path, str(self.mean.device))

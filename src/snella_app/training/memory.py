@@ -1,4 +1,8 @@
-"""Predict the memory of a training step from two small forward passes, and measure the peak memory of this process."""
+"""Predict the memory of a training step from two small forward passes, and measure the peak memory of this process.
+
+The factors of a SNELLA layer are merged into a matrix `ΔW`, whose largest entries are the layer's update. The effective
+weight of the layer is the sum of its pre-trained weight and its update.
+"""
 
 import inspect
 import math
@@ -31,11 +35,11 @@ from snella_app.methods.defaults import MEMORY_METHODS
 from snella_app.plugins import plugin
 
 CallKey = tuple[str, int]
-"""Module name or `ATTENTION`, and the index of the call among those of this name in a forward pass."""
+"""Module name or `ATTENTION`, and the index of the call among the calls with this name in a forward pass."""
 ATTENTION = "scaled_dot_product_attention"
 _STATUS = Path("/proc/self/status")
 _SMALL_BATCH = 2
-"""Batch size of the first pass. A single image is not representative: batch norm rejects it for 1x1 feature maps, and
+"""Batch size of the first pass. A single image is not representative: batch norm rejects it for 1×1 feature maps, and
 operations on axes of length 1 return views where larger batches need copies."""
 _LARGE_BATCH = 3
 """Batch size of the second pass."""
@@ -82,7 +86,7 @@ class ForwardRecord:
 
 
 def measured_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the adapted layers, without the modules inside them, and all other leaf modules by name."""
+    """Return, by name, the adapted layers (without the modules inside them) and all other leaf modules."""
     modules: dict[str, nn.Module] = {}
     last_adapted: str | None = None
     for name, module in model.named_modules():
@@ -100,15 +104,16 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     """Run one forward pass in training mode and record the size of the tensors that autograd saves.
 
     The function records sizes and releases the tensors, so it needs only the memory of a forward pass without
-    gradients. Under activation checkpointing, a segment's saved tensors exist only during its backward pass; until
-    then, only the segment's inputs are saved. The modes and buffers of the model and the random state are restored.
+    gradients. Under activation checkpointing, the tensors saved in a checkpointed segment exist only during the
+    backward pass of the segment; until then, only its inputs are saved. The modes and buffers of the model and the
+    random state are restored.
 
     During the call, `torch.utils.checkpoint.checkpoint` is replaced globally. Models that imported it by name bypass
     the replacement, and their segments count as if they were not checkpointed.
     """
     record = ForwardRecord()
     model_storages = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    # a weak reference keeps the storage's identity reserved after its data is freed, so no other storage reuses it
+    # a weak reference keeps the identity of a storage reserved after its data is freed, so no other storage reuses it
     storages: dict[int, StorageWeakRef] = {}
     call_counts: Counter[str] = Counter()
     recomputed = 0  # bytes saved inside finished checkpointed segments
@@ -124,7 +129,7 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
         return output
 
     def pack(tensor: Tensor) -> None:
-        """Count the storages of a saved tensor that are neither the model's nor counted already."""
+        """Count the storages of a saved tensor that are neither the model's nor already counted."""
         parts = [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else [tensor]
         for storage in (part.untyped_storage() for part in parts):
             reference = StorageWeakRef(storage)
@@ -168,9 +173,9 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
 
 
 class _AttentionRecorder(TorchFunctionMode):
-    """Mode that calls `record` for each attention that `compress_activations` recomputes in the backward pass.
+    """Mode that calls `record` for each attention call that `compress_activations` recomputes in the backward pass.
 
-    Its inputs are detached and require gradients, unlike those of other attention.
+    The inputs of these calls are detached and require gradients, unlike those of other attention calls.
     """
 
     def __init__(self, record: Callable[[tuple[Tensor, ...], Tensor], None]) -> None:
@@ -178,7 +183,7 @@ class _AttentionRecorder(TorchFunctionMode):
         self.record = record
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function, and record recomputed attention."""
+        """Call the function, and record it if it is such an attention call."""
         output = func(*args, **(kwargs or {}))
         if func is nn.functional.scaled_dot_product_attention and args and args[0].is_leaf and args[0].requires_grad:
             self.record(args[:3], output)
@@ -244,8 +249,8 @@ class StepMemory:
         gradients: Gradients of the trainable parameters.
         optimizer_state: AdamW's two moments.
         saved_bytes: Tensors saved for the backward pass.
-        temporary: Temporary tensors of the module, or of the optimizer step, that needs the most. In a module, these
-            are gradients of activations, the effective weight and its gradient, and `ΔW`.
+        temporary: Largest total of temporary tensors in a module or in the optimizer step. In a module, these are
+            gradients of activations, the effective weight and its gradient, and `ΔW`.
         total: Peak memory.
     """
 
@@ -265,14 +270,14 @@ def predict_step_memory(
         at the end of the forward pass:    saved_bytes
         at module i of the backward pass:  saved_until(i) + gradients(i, i+1, …) + temporary(i)
         at the optimizer step:             gradients + temporary(AdamW)
-        total = weights + optimizer_state + images (unless saved) + maximum of these
+        total = weights + optimizer_state + images (unless saved) + maximum of the above
 
     `saved_until(i)` is the number of bytes saved up to module i. It is linear in the batch size, as are the gradients
     of activations, so both are extrapolated from forward passes with 2 and 3 images. These passes need no more memory
     than passes without gradients.
 
     The prediction excludes the memory of libraries, rounding by the allocator, and workspaces of convolutions. The
-    latter matter if all weights of a convolutional network are trained on the CPU.
+    workspaces matter if all weights of a convolutional network are trained on the CPU.
 
     Args:
         model: Model from `build_method`, on any device.
@@ -299,7 +304,8 @@ def predict_step_memory(
         gradients_from[call] = allocated
     gradients = _trained_bytes(model)
     saved_bytes = _extrapolate(small.saved_bytes, large.saved_bytes, batch_size)
-    # AdamW allocates denominators for all parameters at once on a GPU, and two tensors for one parameter on the CPU
+    # AdamW allocates denominators for all parameters at once on a GPU, and two tensors for one parameter at a time on
+    # the CPU
     largest_parameter = max((_total_bytes([p]) for p in model.parameters() if p.requires_grad), default=0)
     optimizer_temporary = gradients if device_type == "cuda" else 2 * largest_parameter
     temporary = optimizer_temporary
@@ -328,7 +334,7 @@ def _extrapolate(small: int, large: int, batch_size: int) -> int:
 
 
 def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
-    """Return the bytes of the temporary weight-sized tensors of an adapted layer.
+    """Return the size in bytes of the temporary tensors of an adapted layer that are as large as its weight.
 
     The forward pass holds the effective weight. In the backward pass, the gradient of the weight takes its place. Numba
     kernels materialize `ΔW` only in the forward pass, to find its threshold. Triton kernels and torch operations
@@ -379,7 +385,7 @@ def predict_for_methods(
     Args:
         backbone: As for `create_backbone`.
         batch: Batch size.
-        img_size: Image size in pixels. Defaults to the size of the backbone.
+        img_size: Image size in pixels. Defaults to the default size of the backbone.
         r: Rank of the adapters.
         dtype: `"fp32"` or `"bf16"`, for weights and activations. PEFT keeps adapters in float32.
         device_type: `"cpu"` or `"cuda"`, the type of device to predict for.
@@ -425,10 +431,10 @@ def memory_table(
 
     Args:
         backbone: As for `create_backbone`.
-        device: `"cpu"`, `"cuda"`, or the name of a GPU in `snella_lab.bench.machines.GPUS`. The latter adds a column
-            with step times for plain ViTs. Defaults to the device of this machine.
+        device: `"cpu"`, `"cuda"`, or the name of a GPU in `snella_lab.bench.machines.GPUS`. Such a name adds a
+            column with step times for plain ViTs. Defaults to the device of this machine.
         batch: Batch size.
-        img_size: Image size in pixels. Defaults to the size of the backbone.
+        img_size: Image size in pixels. Defaults to the default size of the backbone.
         r: Rank of the adapters.
         dtype: `"fp32"` or `"bf16"`, for weights and activations.
 

@@ -69,7 +69,7 @@ _MAX_FLIPPED = 500
 def resolve(
     config: TrainConfig, data: LoadedData, parts: RunComponents, console: Console
 ) -> tuple[TrainConfig, RunComponents]:
-    """Choose precision, image size, batch size, heads, augmentation and epochs of a new run, in this order.
+    """Choose the precision, image size, batch size, heads, augmentation and epochs of a new run, in this order.
 
     Fields of `config` may be `"auto"` or None. With `augment="auto"`, the transform of the training images is replaced.
 
@@ -207,10 +207,11 @@ def choose_augmentation(parts: RunComponents, data: DataConfig, optim: OptimConf
     `augment="auto"` selects `Task.augment`: crops and flips for single-label, multi-label and ordinal tasks, flips for
     regression and segmentation. The `official` protocol uses flips.
 
-    Single-label classification leaves out flips if they change the classes. Two kernel ridge regressions predict
-    left-out images: one is fitted to the images, the other to the images and their flips, and averages its predictions
-    for both. Flips are left out if the second is clearly worse (McNemar's test, two standard errors). Testing the first
-    on flipped images is not sufficient: if all figures face left, it also fails on flips that keep the class.
+    If the model allows a linear probe, single-label classification leaves out flips that change the classes. Two kernel
+    ridge regressions predict left-out images. The first is fitted to the images. The second is fitted to the images and
+    their flips, and averages its predictions for both. Flips are left out if the second is clearly worse (McNemar's
+    test, two standard errors). Testing the first on flipped images is not sufficient: if all figures face left, it also
+    fails on flips that keep the class.
 
     `tta="auto"` averages the predictions for an image and its flip if training flips images, the task is single-label
     classification and the protocol is not `official`.
@@ -247,7 +248,7 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
 
 
 def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> None:
-    """Print data, model, method, budgets, steps, estimated memory and warnings."""
+    """Print the data, model, method, budgets, steps, estimated memory and warnings."""
     splits = parts.splits
     model = parts.model
     optim = plan.optim
@@ -345,7 +346,7 @@ def _cost_warnings(
             (
                 "warning",
                 f"the model's default of {side}×{side} px takes about {(side / usual_side) ** 2:.0f} times as long on "
-                f"a CPU as {usual_side}×{usual_side} px; pass --img-size {usual_side} to reduce it",
+                f"a CPU as {usual_side}×{usual_side} px; pass --img-size {usual_side} to save time",
             )
         )
     return rows
@@ -370,16 +371,16 @@ def _stopping_rows(optim: OptimConfig, adapter: SnellaConfig | None) -> list[tup
 
 
 def shorten_hint(parts: RunComponents, factor: float) -> str:
-    """Return a hint on shortening the run by a factor.
+    """Return a hint on how to shorten the run by a factor.
 
-    The hint assumes that step time is proportional to the number of pixels. This holds for convolutions and
+    The hint assumes that step time is proportional to the number of pixels. This is accurate for convolutions and
     underestimates the savings in attention.
     """
     side = int(parts.data_config["input_size"][-1])
     step = size_step(parts.model)
     smaller_side = int(side / math.sqrt(factor)) // step * step
     if smaller_side < max(MIN_SIZE, step):
-        return "; to shorten it, reduce --train-size or --epochs, or use a smaller --backbone"
+        return "; to shorten the run, reduce --train-size or --epochs, or use a smaller --backbone"
     fraction = (smaller_side / side) ** 2
     return f"; --img-size {smaller_side} takes about {fraction:.0%} of that time but may lower accuracy"
 

@@ -30,7 +30,7 @@ _HELD_LOCKS: set[int] = set()
 
 
 class TrainingInterrupted(Exception):
-    """Raised when the user stops training; the message names the last checkpoint, if any."""
+    """Raised when a signal stops training; the message names the last checkpoint, if any."""
 
     exit_status = 130  # 128 + SIGINT, as shells report it
 
@@ -134,7 +134,7 @@ def lock_run(run: BaseRunFolder[Any], *, allow_distributed: bool = False) -> Ite
     the main process should take the lock.
 
     Raises:
-        RunInUseError: If a running process holds the lock; the message includes its process ID.
+        RunInUseError: If a running process holds the lock; the message includes its process ID, if known.
         ValueError: If the folder's path contains nonprintable characters.
         NotImplementedError: If the world size is larger than 1 without `allow_distributed`.
         OSError: If the folder or the lock file cannot be created (except for a finished run), or the lock is a link.
@@ -170,7 +170,7 @@ def lock_run(run: BaseRunFolder[Any], *, allow_distributed: bool = False) -> Ite
 
 
 def _lock(path: Path, run: Path) -> int:
-    """Open and lock the lock file, write the process id and return the descriptor."""
+    """Open and lock the lock file, write the process ID and return the descriptor."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -201,7 +201,7 @@ def _lock(path: Path, run: Path) -> int:
 def _close_inherited() -> None:
     """Close inherited locks in forked processes, such as data loader workers.
 
-    These may outlive the owner of the lock and would keep the run locked.
+    Such processes may outlive the owner of the lock and would keep the run locked.
     """
     for descriptor in _HELD_LOCKS:
         os.close(descriptor)
@@ -220,7 +220,7 @@ def resume_command(command: str, folder: Path, *, has_dataset: bool = False) -> 
 
 @contextmanager
 def record_status(run: BaseRunFolder[Any], command: str, *, has_dataset: bool = False) -> Iterator[None]:
-    """Write to `run.json` if the body of the context is interrupted or fails.
+    """Record in `run.json` if the body of the context is interrupted or fails.
 
     Args:
         run: Folder of the run.
@@ -255,16 +255,16 @@ def record_status(run: BaseRunFolder[Any], command: str, *, has_dataset: bool = 
 
 
 def _unwrap_worker_error(error: Exception) -> Exception:
-    """Return a data loader worker's own error.
+    """Return the original error of a data loader worker, or any other error unchanged.
 
-    torch raises it again with the worker's traceback in the message. If the error's type needs several arguments, torch
-    raises a RuntimeError instead, which is returned unchanged.
+    torch raises the error again with the worker's traceback in the message. If the error's type needs several
+    arguments, torch raises a RuntimeError instead, which is also returned unchanged.
     """
     text = str(error)
     if "DataLoader worker process" not in text or "Original Traceback" not in text:
         return error
     name = type(error).__name__
-    # the last line that starts with the error's type, "ValueError: ...", starts its message
+    # the message starts in the last line that begins with the error's type, e.g. "ValueError: ..."
     *traceback, message = re.split(rf"^(?:[\w.]+\.)?{name}: ", text.strip(), flags=re.MULTILINE)
     if traceback:
         return type(error)(message)

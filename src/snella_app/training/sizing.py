@@ -1,4 +1,4 @@
-"""Choose the batch size to fit in memory, and the image size and the epochs to fit in a time budget, by trial steps."""
+"""Fit the batch size to memory, and the image size and the epochs to a time budget, using trial steps."""
 
 import bisect
 import contextlib
@@ -69,7 +69,7 @@ _SIZE_RATIO = 1.15
 _SMALL_SIDE = 112
 """Image size that is tried even if the images are smaller."""
 _MEASURED_SIDES = 16
-"""Number of images whose size is read."""
+"""Minimum number of images whose size is read, if there are that many."""
 _NEVER_S = 1e12
 """Seconds that stand for a step that runs out of memory, since they exceed any time budget."""
 _MIN_STEP_S = 0.01
@@ -79,13 +79,15 @@ _CACHED_EPOCH_S = 0.5
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 """Parts of torch's out-of-memory messages for GPUs and CPUs."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
-"""Errors of models that do not support an image size."""
+"""Errors that models raise if they do not support an image size."""
 _CGROUP = "/sys/fs/cgroup"
 """Folder with the memory limit and the memory use of a container."""
 
 
 def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -> int | None:
-    """Return the total batch size, replacing `"auto"` by the largest that fits in memory. Returns None if it is unset.
+    """Return the batch size of all processes together, replacing `"auto"` with the largest that fits in memory.
+
+    Returns None if `optim.batch_size` is None.
 
     Candidates per process are powers of two up to 256 with at least 10 steps per epoch. The largest candidate with a
     predicted memory of at most 0.8 of the free memory is tested with a trial step, and halved while the step runs out
@@ -144,14 +146,15 @@ def fit_image_size(
     """Choose the largest image size at which the run fits in `time_budget`.
 
     A run consists of `epochs` epochs and the final evaluation. If it may train 0 epochs and fits a final head on
-    several layers, the head takes priority, since a head at high resolution is better than a few epochs at a much lower
-    one. Let S be the largest size at which the head alone fits. The result is the largest size of at least S/2 at which
-    the epochs also fit, or S if there is none. To leave time for epochs, S is limited to the median shorter side of the
-    images or 112 pixels, whichever is larger. The limit does not apply to runs without epochs.
+    several layers, the head takes priority, since a head at high resolution is usually better than a few epochs at a
+    much lower one. Let S be the largest size at which the head alone fits. The result is the largest size of at least
+    S/2 at which the epochs also fit, or S if there is none. To leave time for epochs, S is limited to the median
+    shorter side of the images or 112 pixels, whichever is larger, rounded up to a candidate. The limit does not apply
+    to runs without epochs.
 
-    Candidates are multiples of `size_step`, from 48 pixels to the backbone's default. The search stops within 15% of
-    the largest size that fits. If no size fits, the result is the smallest. Models that do not support other sizes keep
-    their default, as do folds, runs with `init_from`, and methods that select parameters.
+    Candidates are the backbone's default and all smaller multiples of `size_step` from 48 pixels. The search stops
+    within 15% of the largest size that fits. If no size fits, the result is the smallest. Models that do not support
+    other sizes keep their default, as do folds, runs with `init_from`, and methods that select parameters.
 
     `at_size` builds the components for an image size. `started_at` is `time.monotonic()` at the start of the budget.
 
@@ -260,11 +263,11 @@ class _LargestSize:
 def _largest_size(
     sizes: Sequence[int], seconds_at: Callable[[int], float], allowed_s: Callable[[], float]
 ) -> _LargestSize:
-    """Find the largest of the ascending sizes that fits the allowed time, to within 15%."""
+    """Find the largest of the ascending sizes that fits in the allowed time, to within 15%."""
     seconds: dict[int, float] = {}
     last_fitting = -1  # index of the largest size that fits so far
     first_failing = len(sizes)  # index of the smallest size that does not
-    index = 0  # the smallest size, since a step at the largest may exceed the budget
+    index = 0  # begin with the smallest size, since a step at the largest may exceed the budget
     while last_fitting + 1 < first_failing:
         is_bracketed = last_fitting >= 0 and first_failing < len(sizes)
         if is_bracketed and sizes[first_failing] <= _SIZE_RATIO * sizes[last_fitting]:
@@ -316,11 +319,11 @@ def fit_epochs(
     """Choose `epochs`, at most 100, and `epoch_images` to fit in `time_budget`, from a few timed steps.
 
     If between n and n + 1 epochs fit, the result is n epochs, or n + 1 shorter epochs if they have more steps in total.
-    The minimum is one epoch of 10 steps, or no epochs for a probe-initialized head that is evaluated on validation
-    images.
+    The minimum is one epoch of 10 steps (fewer if all images take fewer), or no epochs for a probe-initialized head
+    that is evaluated on validation images.
 
     Returns:
-        `epochs`, and `epoch_images`, which is None if an epoch has all images.
+        `epochs`, and `epoch_images`, which is None if an epoch has all images or there are no epochs.
     """
     optim = config.optim
     num_images = len(parts.splits.train)
@@ -380,7 +383,7 @@ class _Times:
         steps: Number of optimizer steps per epoch.
         step_s: One optimizer step.
         selection_s: Evaluation of an epoch on the selection split.
-        final_s: Fit of the final head, and all evaluations before the first epoch and after the last.
+        final_s: Fit of the final head, caching of features, and evaluations before the first epoch and after the last.
     """
 
     steps: int
@@ -390,7 +393,7 @@ class _Times:
 
 
 def _measure_times(parts: RunComponents, config: TrainConfig, with_training: bool = True) -> _Times:
-    """Estimate times from a few steps. Without training, `step_s` is `_MIN_STEP_S`."""
+    """Estimate times from a few steps. If `with_training` is False, `step_s` is `_MIN_STEP_S`."""
     data = config.data
     batch_size = fit_batch_size(parts, config.optim, Console(file=io.StringIO()))
     optim = dataclasses.replace(config.optim, batch_size=batch_size)
@@ -449,7 +452,7 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
             model.train()
             with torch.no_grad():
                 for parameter in trained:
-                    parameter.mul_(1.0)  # invalidates cached updates, like an optimizer step
+                    parameter.mul_(1.0)  # invalidates cached updates, as an optimizer step does
             with autocast(device, precision):
                 loss = parts.task.loss(model(images), labels)
             loss.backward()
@@ -460,7 +463,7 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
 
 @contextmanager
 def _reduced_budgets(model: nn.Module) -> Iterator[None]:
-    """Reduce the budgets of all matrices, i.e. the numbers of entries that their updates may change.
+    """Reduce the budgets of all matrices, i.e. the numbers of entries that their updates may change, in the context.
 
     With full budgets, a step would not search for magnitude thresholds and would be too fast. The budgets are reduced
     by half the target sparsity.

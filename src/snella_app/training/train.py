@@ -71,16 +71,16 @@ def train(
             settings.
         console: Output console. Defaults to standard output.
         data: A torch or Hugging Face dataset, or a mapping from train, val and test to datasets. `config.data.spec`
-            names it, for example `python:flowers`. Resuming the run requires the same object.
+            names it, for example `python:flowers`. Resuming the run requires the same data.
         evaluate_test: If False, skip the test images, for example in tuning runs.
-        keep_checkpoints: If False, save a checkpoint only at an interruption, for example in short runs.
+        keep_checkpoints: If False, save a checkpoint only on interruption, for example in short runs.
         render_report: If False, skip the HTML report, which `snella inspect --report` can write later.
 
     Returns:
         Folder of the finished run.
 
     Raises:
-        FileExistsError: If the folder is a file, contains other files, or contains a run and neither `resume` nor
+        FileExistsError: If `out` is a file, contains other files, or contains a run and neither `resume` nor
             `overwrite` is set.
         RunInUseError: If another process is writing to the folder.
         FileNotFoundError: If files of the data or the backbone, the run to resume, or the adapter or results of a
@@ -123,7 +123,7 @@ def train(
         if config.data.channels != 3:
             channels = counted(config.data.channels, "channel")
             loaded.splits.notes.append(
-                f"the first convolution of {config.model.backbone} is adapted to {channels} if it has 3"
+                f"if the first convolution of {config.model.backbone} has 3 input channels, it is adapted to {channels}"
             )
         initial = None if config.model.init_from is None else RunFolder(config.model.init_from)
         selection_run = run if stored is not None else initial
@@ -178,7 +178,7 @@ def _fit(
     keep_checkpoints: bool,
     render_report: bool,
 ) -> tuple[SnellaTrainer, StepTimeCallback]:
-    """Initialize the head, and train from the last checkpoint if there is one.
+    """Initialize the head, and train. Training continues from the last checkpoint if there is one.
 
     Returns:
         The trainer, and the callback that has measured the steps.

@@ -78,17 +78,16 @@ class SnellaTrainer(CheckpointingTrainer):
     - Random numbers (dropout, drop path) depend only on `(seed, step, rank, micro-batch)` and the data order only on
       `(seed, epoch)`, so a resumed run reproduces both.
     - The adapter of the best epoch (see `RunProtocol.selection_score`) is saved immediately.
-    - Checkpoints include the weight average, the stored weights of the last epochs, and the feature statistics.
+    - Checkpoints also include the weight average, the stored weights of the last epochs, and the feature statistics.
     - `last_loss` is the loss of the step so far, summed over its micro-batches.
 
     Args:
-        parts: Model, task, training images and the protocol's selection split. Without a selection split, the last
-            epoch is saved.
-        plan: Settings without automatic fields.
+        parts: Model, task, training images and the protocol's selection split. If there is no selection split, the
+            last epoch is saved.
+        plan: Settings of the run, resolved by `snella_app.training.plan.resolve`.
         run: Run folder for checkpoints and the best adapter.
         callbacks: Additional callbacks.
-        feature_norm: Normalization of the head's inputs, which is folded into the saved head. None for no
-            normalization.
+        feature_norm: Normalization of the head's inputs, which is folded into the saved head; None if there is none.
         keep_checkpoints: If True, save a checkpoint after each epoch.
     """
 
@@ -133,7 +132,7 @@ class SnellaTrainer(CheckpointingTrainer):
         if feature_norm is not None:
             own_callbacks.append(feature_norm)
         if self.average is not None:
-            own_callbacks.append(self.average)  # after the norm, because the average includes it
+            own_callbacks.append(self.average)  # after the norm, because the average includes its statistics
         super().__init__(
             model,
             run,
@@ -208,7 +207,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return self.protocol.selection_score(row, self.task.selection_score)
 
     def outputs(self, dataset: Dataset[Any], views: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Return the outputs on a dataset, averaged over views and reduced by `Task.reduce`, and its labels."""
+        """Return the outputs on a dataset, averaged over views and reduced by `Task.reduce`, and the labels."""
         self._views = views
         output = self.evaluation_loop(self.get_eval_dataloader(dataset), "evaluation", prediction_loss_only=False)
         return np.asarray(output.predictions), np.asarray(output.label_ids)
@@ -216,7 +215,7 @@ class SnellaTrainer(CheckpointingTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "val"
     ) -> dict[str, float]:
-        """Evaluate the epoch under the protocol, log it and save the adapter if it is the best so far.
+        """Evaluate an epoch as the protocol requires, log it, and save the adapter if the epoch is the best so far.
 
         With `ema`, the average is evaluated and saved. The arguments are ignored.
 
@@ -248,7 +247,7 @@ class SnellaTrainer(CheckpointingTrainer):
             if self.has_stopped_early:
                 self.control.should_training_stop = True
             if is_best:
-                # `finish` left this folder if the run was restarted from the first epoch
+                # `finish` left this folder behind if the run was restarted from the first epoch
                 shutil.rmtree(self.run_folder.checkpoints / BEST, ignore_errors=True)
                 self.save_adapter()
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
@@ -261,11 +260,11 @@ class SnellaTrainer(CheckpointingTrainer):
     def average_epochs(self) -> AveragedEpochs | None:
         """Average the trained weights of the last epochs and save the average unless the best epoch is better.
 
-        `swa` averages all of them. `soup` starts with the best of them and adds each of the others, in order of their
-        score, unless the mean gets worse on the selection split. Both use the budgets of the last step.
+        `swa` averages all of these epochs. `soup` starts with the best one and adds the others in descending order of
+        their scores, except those that lower the score of the mean. Both use the budgets of the last step.
 
         Returns:
-            Record of the average. None if the settings do not request one, or if no epoch is stored.
+            Record of the average. None if the settings do not request an average, or if no epoch is stored.
 
         Raises:
             NonFiniteLossError: If the loss of an average is not finite.
@@ -320,7 +319,7 @@ class SnellaTrainer(CheckpointingTrainer):
             save_trained(self.trained_model, folder or run.adapter)
 
     def _selection_scores(self) -> dict[str, float]:
-        """Return the scores of the selection split, named as in the history, or none if the epoch is not evaluated."""
+        """Return the scores of the selection split, named as in the history; empty if the epoch is not evaluated."""
         epoch = round(self.state.epoch or 0)
         if self.validation_set is None or not self.protocol.is_measured(epoch, self.plan.optim.epochs):
             return {}
@@ -346,7 +345,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Compute a batch's loss, with the method's penalty in training; with `return_outputs`, also return logits."""
+        """Compute a batch's loss, with the method's penalty in training mode; `return_outputs` also returns logits."""
         logits = model(inputs["images"])
         weights = inputs.get("weights")
         loss = self.task.loss(logits, inputs["labels"], weights)
@@ -366,7 +365,7 @@ class SnellaTrainer(CheckpointingTrainer):
 
         Raises:
             NonFiniteLossError: If the loss is not finite.
-            ValueError: If an adapter of PEFT gets no gradient.
+            ValueError: If a PEFT adapter gets no gradient.
         """
         # the first seed of a step is the same with and without gradient accumulation
         micro_step = [self._micro_step] if self._micro_step else []
@@ -389,8 +388,8 @@ class SnellaTrainer(CheckpointingTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *others: Any) -> Any:
         """Return the batches of one step and set their loss weights, so that all images of the step count equally.
 
-        The weights compensate that the Trainer divides the loss by the number of batches, and that DDP divides the
-        gradients by the number of processes.
+        The weights compensate for two divisions: the Trainer divides the loss by the number of batches, and DDP divides
+        the gradients by the number of processes.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *others)
         self._micro_step = 0
@@ -430,13 +429,13 @@ class SnellaTrainer(CheckpointingTrainer):
         )
 
     def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Apply MixUp or CutMix, if enabled, and add the other image's label and the mixing weight to the batch."""
+        """Apply MixUp or CutMix, if enabled, and add the labels of the other images and the mixing weight."""
         alphas = {v2.MixUp: self.plan.data.mixup, v2.CutMix: self.plan.data.cutmix}
         size = len(inputs["labels"])
         mixers = [kind(alpha=float(alpha), num_classes=size) for kind, alpha in alphas.items() if alpha]
         if not mixers or size == 1:
             return inputs
-        # torchvision mixes one-hot labels; if the index of an image is its label, they contain the mixing weight
+        # torchvision mixes one-hot labels; if the label of an image is its index, they contain the mixing weight
         indices = torch.arange(size, device=inputs["images"].device)
         images, mixed_labels = v2.RandomChoice(mixers)(inputs["images"], indices)
         other_labels = inputs["labels"].roll(1, 0)  # torchvision mixes each image with the previous one
@@ -508,7 +507,7 @@ def _collate(task: Task, widest: torch.dtype, items: Sequence[tuple[Any, ...]]) 
 def training_arguments(plan: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:
     """Return Trainer arguments with warmup, cosine decay and an evaluation per epoch.
 
-    If `keep_checkpoints`, a checkpoint is saved after each epoch.
+    If `keep_checkpoints` is True, a checkpoint is saved after each epoch.
     """
     optim = plan.optim
     device = choose_device(plan.run.device)

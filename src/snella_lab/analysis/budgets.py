@@ -61,7 +61,7 @@ class BudgetedRun:
     Attributes:
         label: Short name.
         allocation: Contents of `allocation.json`.
-        budgets: Budget of each matrix, from the saved adapter if it has budgets, otherwise from `allocation.json`.
+        budgets: Budget of each matrix, from the saved adapter if it has budgets; otherwise, from `allocation.json`.
         settings: Adapter settings, such as `importance` and `schedule`.
     """
 
@@ -105,7 +105,7 @@ def read_budgeted_run(run: str | Path, label: str) -> BudgetedRun:
 
 
 def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]:
-    """Plot the sparsity of each layer's update with its linear trend, one panel per run (Figure 10).
+    """Plot the sparsity of each layer's update and the linear trend over layers, one panel per run (Figure 10).
 
         sparsity[l] = 1 − budget[l] / weights[l],   trend[l] = intercept + slope·l by least squares over the layers
 
@@ -125,7 +125,7 @@ def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot
         slope, intercept = linear_trend([row["sparsity"] for row in layer_rows])
         rows += [{**row, "trend": intercept + slope * row["position"]} for row in layer_rows]
         trends.append({"run": run.label, "layers": len(layer_rows), "intercept": intercept, "slope": slope})
-    notes = [f"{row['run']}: {100 * row['slope']:+.2f} points of sparsity per layer" for row in trends]
+    notes = [f"{row['run']}: {100 * row['slope']:+.2f} percentage points of sparsity per layer" for row in trends]
     return [Plot("allocation", rows, partial(_draw_allocation, rows, by), notes, {"trend": trends})]
 
 
@@ -147,7 +147,7 @@ def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]
 
     Returns:
         Two plots. The table of `evolution` has one row per layer and recorded allocation. The figure shows at most six
-        allocations. The table of `budget` has one row per allocation, with the scheduled budget.
+        allocations per run. The table of `budget` has one row per allocation, with the scheduled budget.
 
     Raises:
         FileNotFoundError: If a folder contains no run.
@@ -237,7 +237,7 @@ def _draw_allocation(rows: Sequence[Row], by: Layers) -> Figure:
 
 
 def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers) -> Figure:
-    """Draw one column per run, importance above sparsity, with one line per step from light to dark."""
+    """Draw one column per run, importance above sparsity, with one line per allocation, from light to dark."""
     columns = len(metrics)
     titles = [f"{shortened(label, 20)}: {metric}" for label, metric in metrics.items()]
     no_titles = [""] * columns
@@ -273,7 +273,7 @@ def _draw_evolution(rows: Sequence[Row], metrics: Mapping[str, str], by: Layers)
         importance_axes.tick_params(labelbottom=False)
     panels[0].set_ylabel("importance (log scale)")
     panels[columns].set_ylabel("sparsity")
-    if columns > 1 and len(step_names) > 1:  # other runs may have other steps than the first run
+    if columns > 1 and len(step_names) > 1:  # the steps of other runs may differ
         step_names = ["first", *[""] * (len(step_names) - 2), "last"]
     add_legend(figure, handles, step_names, columns=min(3 * columns, _MAX_STEPS))
     return figure

@@ -66,8 +66,8 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
 
     Args:
         sources: Data specifications as in `snella train`, or names or files of experiments.
-        limit: Images per dataset.
-        seed: Seed of the selection.
+        limit: Maximum number of images per dataset.
+        seed: Seed for splitting the data and selecting the images.
 
     Raises:
         FileNotFoundError: If data or an experiment does not exist.
@@ -106,8 +106,8 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
 def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, device: str = "auto") -> list[Plot]:
     """Plot images, true masks and each run's predicted masks (Figure 8).
 
-    The images are evenly spaced over a split of the first run's data; see `PlotOptions`. The table contains the Dice
-    score of each run, averaged over foreground classes.
+    The images are evenly spaced in a split of the first run's data; see `PlotOptions`. The table contains each run's
+    Dice score for each image, averaged over the foreground classes.
 
     Raises:
         FileNotFoundError: If a folder contains no run with an adapter, or the data no longer exists.
@@ -151,7 +151,7 @@ def _images_of_split(
 
 @torch.inference_mode()
 def _predict_mask(loaded: LoadedRun, image: Image.Image) -> np.ndarray:
-    """Return the predicted mask of an image, in the resolution of the image."""
+    """Return the predicted mask of an image, at the resolution of the image."""
     scores = loaded.network(loaded.transform(image)[None].to(loaded.device)).float()
     size = (image.height, image.width)
     resized = torch.nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False)
@@ -176,9 +176,9 @@ def gradcam(
 
     The shown images are cropped by the first run's transform, but each model receives images from its own run's
     transform. `snella_app.runs.explain.heat_maps` computes the maps of ViT, Swin, ConvNeXt and other timm models, with
-    the head that predicts: the final head, which is fitted after training, if the run has one. The pre-trained model
+    the head used for predictions: the final head fitted after training, if the run has one. The pre-trained model
     combines the pre-trained backbone and the head of the first run. The table contains the fraction of each map's sum
-    in the central ninth. See `PlotOptions` for the arguments.
+    in the central ninth of the image. See `PlotOptions` for the arguments.
 
     Raises:
         FileNotFoundError: If a folder contains no run with an adapter, or the data no longer exists.
@@ -217,7 +217,7 @@ def gradcam(
 
 
 def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
-    """Combine the pre-trained backbone of a run with its final head or, if it has none, with its trained head."""
+    """Combine the pre-trained backbone of a run with the run's final head or, if there is none, the trained head."""
     model = make_backbone(loaded.info.backbone)
     if loaded.probe is not None:
         return loaded.probe.with_model(model).eval()
@@ -227,7 +227,7 @@ def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
     if any(key not in trained_state or trained_state[key].shape != shape for key, shape in shapes.items()):
         raise ValueError(
             f"the first run, {loaded.folder.path} (method {loaded.info.method!r}), has neither a final head nor a "
-            "linear head on the last layer; begin with another run"
+            "linear head on the last layer; begin with a different run"
         )
     head.load_state_dict({key: trained_state[key] for key in shapes})
     return model.eval()
@@ -239,7 +239,7 @@ def _inputs(loaded: LoadedRun, selected: Sequence[tuple[ImageDataset, int]]) -> 
 
 
 def _model_input_image(loaded: LoadedRun, image: Tensor) -> Image.Image:
-    """Return an unnormalized model input as an image of the size of a cell, the background of a heat map."""
+    """Convert a model input back to an image, resized to a cell, as the background of a heat map."""
     shown = Predictor(loaded).to_pil_image(image)
     return shown.resize((_CELL_SIZE, _CELL_SIZE), Image.Resampling.BICUBIC)
 
@@ -256,8 +256,8 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
 
     Args:
         folders: Image folders, e.g. from `snella generate`, which names files by prompt and seed. The plot shows the
-            images whose file names occur in the most folders. For folders without such names, e.g. with photos of the
-            subject, it shows the first images.
+            images whose file names occur in the most folders. For folders without such names, e.g. with photos of
+            a DreamBooth subject, it shows the first images.
         limit: Maximum number of images per folder.
 
     Raises:
@@ -350,12 +350,12 @@ def features(
     batch_size: int = 32,
     device: str = "auto",
 ) -> list[Plot]:
-    """Plot a t-SNE of the head inputs, one panel per model, with the normalized mutual information of clusters.
+    """Plot t-SNE embeddings of head inputs, one panel per model, with the normalized mutual information of clusters.
 
         NMI = 2·I(clusters; classes) / (H(clusters) + H(classes)),   clusters by k-means, one per class
 
     The first panel shows the pre-trained backbone of the first run. Clusters are computed on the features, not on the
-    two-dimensional embedding, which depends on the seed. See `PlotOptions` for the arguments.
+    two-dimensional embedding. See `PlotOptions` for the arguments.
 
     Returns:
         One plot. Its table has one row per image and model. The additional table `features-nmi` has one row per model.

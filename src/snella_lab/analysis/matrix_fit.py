@@ -50,7 +50,7 @@ class FitConfig:
     Args:
         kernels: Kernel names, or import paths `module:name` of a `Kernel` subclass or a function of `A` `[n, r]` and
             `B` `[m, r]`.
-        size: Number of rows and columns of the matrices, which the paper does not state.
+        size: Number of rows and of columns of the matrices. The paper does not state it.
         ranks: Ranks of the matrices, at most `size`.
         density: Fraction of nonzero entries in the factors of the random matrices.
         matrices: Number of random matrices per rank.
@@ -174,7 +174,7 @@ class Fit:
         gradient: Gradient norm of both factors at the recorded steps, averaged over all matrices.
         error: Mean squared error at the recorded steps, averaged over all matrices.
         module_digest: SHA-256 of a custom kernel's module file, by which an edited kernel is recognized and fitted
-            again. None for built-in kernels.
+            again. None for built-in kernels, and for modules without a file.
     """
 
     kernel: str
@@ -194,13 +194,13 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
     α_p = ±0.1. All kernels share the matrices and the initial factors.
 
     Args:
-        kernel: Name or import path, see `find_kernel`.
+        kernel: Name or import path; see `find_kernel`.
         config: Settings of the fits.
         on_step: Callback that receives the number of finished steps.
 
     Raises:
         ValueError: If the kernel is unknown or returns the wrong shape.
-        FloatingPointError: If the error becomes infinite or NaN.
+        FloatingPointError: If the error at a recorded step is infinite or NaN.
     """
     merge = find_kernel(kernel)
     digest = _module_digest(kernel)  # before the fit, during which the file may change
@@ -250,20 +250,20 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
 def fit_matrices(
     config: FitConfig, out: str | Path | None = None, on_step: Callable[[str, int], None] = lambda kernel, step: None
 ) -> list[Plot]:
-    """Fit random matrices with several kernels, and plot the kernel functions (Figure 4).
+    """Fit random matrices with several kernels, and plot the kernels, errors and gradients (Figure 4).
 
     Args:
         config: Settings of the fits.
-        out: Folder for finished fits (`fits.json`), from which an interrupted call resumes. None disables resuming.
+        out: Folder for finished fits (`fits.json`), which later calls reuse. If None, the fits are not stored.
         on_step: Callback that receives the kernel and the number of finished steps.
 
     Returns:
-        Three plots. `kernel-curves` (4a) has the additional table `kernel-curves-definiteness`, see `definiteness`.
+        Three plots. `kernel-curves` (4a) has the additional table `kernel-curves-definiteness`; see `definiteness`.
         `fit-error` (4b) shows the mean squared error versus rank. Its additional table `fit-error-matrices` has one row
         per matrix. `fit-gradient` (4c) shows the gradient norm versus step, and its table also contains the error.
 
     Raises:
-        ValueError: If a kernel is invalid, or the folder contains fits that are damaged or have other settings.
+        ValueError: If a kernel is invalid, or the folder contains fits that are damaged or have different settings.
         FloatingPointError: If a fit diverges.
     """
     for kernel in config.kernels:
@@ -275,25 +275,26 @@ def fit_matrices(
             if out is not None:
                 _write_fits(Path(out), config, finished)
     fits = [finished[kernel] for kernel in config.kernels]
-    matrices: list[Row] = []
-    means: list[Row] = []
-    gradients: list[Row] = []
+    matrix_rows: list[Row] = []
+    rank_rows: list[Row] = []
+    step_rows: list[Row] = []
     for fit in fits:
         for rank, errors in zip(config.ranks, fit.mse, strict=True):
             for number, error in enumerate(errors):
-                matrices.append({"kernel": fit.kernel, "rank": rank, "matrix": number, "mse": error})
+                matrix_rows.append({"kernel": fit.kernel, "rank": rank, "matrix": number, "mse": error})
             mean = float(np.mean(errors))
             deviation = float(np.std(errors, ddof=1)) if len(errors) > 1 else math.nan
-            means.append({"kernel": fit.kernel, "rank": rank, "mse": mean, "std": deviation, "matrices": len(errors)})
+            row = {"kernel": fit.kernel, "rank": rank, "mse": mean, "std": deviation, "matrices": len(errors)}
+            rank_rows.append(row)
         for step, gradient, error in zip(fit.steps, fit.gradient, fit.error, strict=True):
-            gradients.append({"kernel": fit.kernel, "step": step, "gradient_norm": gradient, "mse": error})
+            step_rows.append({"kernel": fit.kernel, "step": step, "gradient_norm": gradient, "mse": error})
     curves = kernel_curves(config.kernels)
     return [
         Plot(
             "kernel-curves", curves, partial(_draw_curves, curves), (), {"definiteness": definiteness(config.kernels)}
         ),
-        Plot("fit-error", means, partial(_draw_errors, means), (), {"matrices": matrices}),
-        Plot("fit-gradient", gradients, partial(_draw_gradients, gradients)),
+        Plot("fit-error", rank_rows, partial(_draw_errors, rank_rows), (), {"matrices": matrix_rows}),
+        Plot("fit-gradient", step_rows, partial(_draw_gradients, step_rows)),
     ]
 
 
@@ -301,7 +302,7 @@ def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
     """Compute κ((1, 0), (x, 0)) and its derivative for x in [−4, 4].
 
     For piecewise kernels, each of the two numbers is a piece. All scalars are 1, except β = 0. Normalized kernels apply
-    their softmax over the points of the curve. Each derivative is with respect to the point itself.
+    their softmax over the points of the curve. Each derivative is with respect to its own x.
     """
     xs = torch.linspace(-_X_MAX, _X_MAX, points, dtype=torch.float64)
     rows: list[Row] = []
@@ -329,15 +330,15 @@ def _unit_scalars() -> KernelScalars:
 
 
 def definiteness(kernels: Sequence[str]) -> list[Row]:
-    """Test kernels for positive semi-definiteness, by the eigenvalues of `K[i, j] = κ(x_i, x_j)` (eq. 16, A.4).
+    """Test kernels for positive semi-definiteness, using the eigenvalues of `K[i, j] = κ(x_i, x_j)` (eq. 16, A.4).
 
-    The 60 points x_i are random vectors with 8 entries. All coefficients are 1. Appendix A.4 claims that Mix-K is
-    positive semi-definite in this case. The claim is wrong: the distance term of Mix-K has a zero diagonal and
-    therefore negative eigenvalues. Distances are conditionally negative definite: `xᵀKx ≤ 0` for every vector `x` whose
+    The 60 points x_i are random vectors with 8 entries. All coefficients are 1, and β = 0. Appendix A.4 claims that
+    Mix-K is positive semi-definite in this case. The claim is wrong: the distance term of Mix-K has a zero diagonal and
+    therefore negative eigenvalues. Distances are conditionally negative definite: `vᵀKv ≤ 0` for every vector `v` whose
     entries sum to 0.
 
     Args:
-        kernels: Names or import paths, see `find_kernel`.
+        kernels: Names or import paths; see `find_kernel`.
 
     Returns:
         One row per kernel: `trace`; `asymmetry`, the largest difference between K and its transpose; `smallest` and
@@ -382,7 +383,7 @@ def _read_fits(folder: Path, config: FitConfig) -> dict[str, Fit]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it to start again") from error
     if settings != _settings(config):
-        raise ValueError(f"out={folder} contains fits with other settings, {settings}; choose another folder")
+        raise ValueError(f"out={folder} contains fits with different settings, {settings}; choose another folder")
     return fits
 
 
@@ -405,7 +406,7 @@ def _plot_kernels(
 ) -> tuple[list[Line2D], list[str]]:
     """Draw one line per kernel, and return the lines and the kernels.
 
-    `markers` contains the marker offset from one line to the next and the interval between markers, in points.
+    `markers` contains the marker offset from one line to the next and the interval between markers, in data points.
     """
     offset, interval = markers
     lines = []

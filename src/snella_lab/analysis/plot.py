@@ -195,7 +195,7 @@ def in_order_of_depth(layers: Mapping[str, list[T]]) -> dict[str, list[T]]:
 
 
 def run_labels(runs: Sequence[str | Path]) -> list[str]:
-    """Return the shortest path suffixes, all with the same number of names, that distinguish the folders.
+    """Return the shortest path suffixes, all with the same number of components, that distinguish the folders.
 
     Raises:
         ValueError: If a folder occurs twice.

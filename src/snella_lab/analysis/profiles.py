@@ -1,6 +1,6 @@
 """Profiles of methods: scores by task group in a radar chart, and memory during training steps.
 
-Figures are those of the SNELLA paper (arXiv 2510.24037).
+Figure numbers refer to the SNELLA paper (arXiv 2510.24037).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from snella_lab.comparison.summary import summarize
 from snella_lab.style import style_of
 
 _MIN_SPAN = 0.02
-"""Minimum range of an axis of the radar chart, so that small differences remain small."""
+"""Minimum range of a radar axis, so that small differences look small."""
 _MAX_POINTS = 120
 """Maximum number of memory measurements per phase that are drawn."""
 _PHASES = ("forward", "backward", "optimizer")
@@ -49,7 +49,7 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
 
     Raises:
         FileNotFoundError: If a folder contains no comparison.
-        ValueError: If the comparisons share no finished method, or the chart has fewer than three axes.
+        ValueError: If no method has results on all tasks of all folders, or the chart has fewer than three axes.
     """
     labels = run_labels(folders)
     results: dict[str, dict[str, tuple[float, float, int]]] = {}
@@ -73,9 +73,9 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
     first_axis: Mapping[str, tuple[float, float, int]] = next(iter(results.values()), {})
     methods = [name for name in first_axis if all(name in values for values in results.values())]
     if not methods:
-        raise ValueError(f"no method is finished on all tasks of all folders: {', '.join(labels)}")
+        raise ValueError(f"no method has results on all tasks of all folders: {', '.join(labels)}")
     if len(results) < 3:
-        raise ValueError(f"a radar needs at least 3 axes, got {', '.join(results)}; add comparisons or groups")
+        raise ValueError(f"a radar chart needs at least 3 axes, got {', '.join(results)}; add comparisons or groups")
     table = []
     for axis, values in results.items():
         means = [values[name][0] for name in methods]
@@ -84,14 +84,14 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
             radius = scaled_radius(mean, min(means), max(means))
             row = {"axis": axis, "metric": metrics[axis][0], "method": name, "mean": mean, "std": deviation}
             table.append({**row, "tasks": num_tasks, "radius": radius})
-    fractions = {axis: is_fraction for axis, (_, is_fraction) in metrics.items()}
-    return [Plot("radar", table, partial(_draw_radar, table, fractions))]
+    in_percent = {axis: is_fraction for axis, (_, is_fraction) in metrics.items()}
+    return [Plot("radar", table, partial(_draw_radar, table, in_percent))]
 
 
 def scaled_radius(value: float, low: float, high: float) -> float:
     """Scale a value to a radius between 0.3 at `low` and 1 at `high`.
 
-    If the range is below the minimum span, the radius at `low` is greater.
+    If the range is smaller than `_MIN_SPAN`, the radius at `low` is greater than 0.3.
     """
     span = max(high - low, _MIN_SPAN)
     return 1 - 0.7 * (high - value) / span
@@ -101,8 +101,8 @@ def memory(runs: Sequence[str | Path], *, steps: int = 2, batch_size: int | None
     """Plot the memory of live tensors during training steps of each run (Figure 7b).
 
     Each model takes `steps` training steps with AdamW on random images, on the CPU. After every torch operation, the
-    total size of all live tensors is recorded, including weights. The memory that an allocator reserves is larger.
-    Results are comparable for the same backbone and batch size. The batch size defaults to the first run's.
+    total size of all live tensors, including weights, is recorded. An allocator reserves more memory than that. Results
+    are comparable only for the same backbone and batch size. The batch size of all runs defaults to the first run's.
 
     Returns:
         One plot. Its table has at most 120 rows per phase, each with the peak of an interval. The additional table
@@ -158,7 +158,7 @@ class LiveTensors(TorchDispatchMode):
         return outputs
 
     def _track(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor until it is freed."""
+        """Count the storage of a tensor until the storage is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata  # the same for all views of a tensor
         size = storage.nbytes()
@@ -183,8 +183,8 @@ def record_memory(model: nn.Module, images: Tensor, steps: int) -> list[dict[str
         steps: Number of training steps.
 
     Returns:
-        Points with `step`, `phase`, `position` and `mib`, where each phase is an interval of length 1. The first point
-        is the memory before training.
+        Points with `step`, `phase`, `position`, and `mib`. The positions in each phase cover an interval of length 1.
+        The first point is the memory before training.
     """
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -228,8 +228,8 @@ def _downsample(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return maxima
 
 
-def _draw_radar(rows: Sequence[Row], fractions: Mapping[str, bool]) -> Figure:
-    """Draw one polygon per method. Label each axis with its highest mean, and show fractions in percent."""
+def _draw_radar(rows: Sequence[Row], in_percent: Mapping[str, bool]) -> Figure:
+    """Draw one polygon per method. Label each axis with its highest mean, in percent where `in_percent` is True."""
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     methods = grouped(rows, "method")
     legend_columns = 4
@@ -245,7 +245,7 @@ def _draw_radar(rows: Sequence[Row], fractions: Mapping[str, bool]) -> Figure:
         y = np.sin(angle)
         axes.plot([0, x], [0, y], color=GRID, linewidth=1)
         best = max(row["mean"] for row in rows if row["axis"] == name)
-        best_text = f"{100 * best:.1f}%" if fractions[name] else decimal_text(best, 3)
+        best_text = f"{100 * best:.1f}%" if in_percent[name] else decimal_text(best, 3)
         if abs(x) < 0.1:
             side = "center"
         elif x > 0:

@@ -1,6 +1,7 @@
 """Plots of weight updates: heat maps, singular values and overlap between tasks.
 
-Figures and sections are those of the SNELLA paper (arXiv 2510.24037).
+An update is the matrix that a run adds to a weight matrix of the backbone. Figure and section numbers refer to the
+SNELLA paper (arXiv 2510.24037).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class RunUpdates:
         label: Short name of the run.
         shapes: `[out, in]` of each matrix by name.
         infos: Entries of `allocation.json` by matrix name; empty if the run has no such file.
-        compute: Function from matrix name to the scaled update, `[out, in]`, float32.
+        compute: Function that returns the scaled update of a matrix by name, `[out, in]`, float32.
     """
 
     label: str
@@ -70,12 +71,12 @@ class RunUpdates:
 def read_updates(run: str | Path, label: str) -> RunUpdates:
     """Read the weight updates of a run.
 
-    Updates of SNELLA and LoRA are computed from the adapter file alone, so the run may have any task. Updates of other
-    methods are the differences between the merged model and the backbone, and require an image task.
+    Updates of SNELLA and plain LoRA are computed from the adapter alone, so the run may have any task. Updates of other
+    methods are the differences between the merged model and the backbone, which require an image task.
 
     Raises:
         FileNotFoundError: If the run has no adapter or the folder contains no run.
-        ValueError: If the method changes no weights, e.g. prompt tuning.
+        ValueError: If the method cannot be merged (e.g. prompt tuning) or changes no matrix outside the head.
     """
     adapter = read_adapter(run)
     if adapter is None:
@@ -87,7 +88,7 @@ def read_updates(run: str | Path, label: str) -> RunUpdates:
 
 
 def _backbone_differences(run: str | Path) -> UpdateSource:
-    """Compute the differences between the matrices of the merged model and the backbone, excluding the head."""
+    """Return the differences between the merged model and the backbone in all changed matrices outside the head."""
     loaded = load_run(run, device="cpu")
     head = spec_of(loaded.model).head
     merged = merge_trained(loaded.model).state_dict()
@@ -107,7 +108,7 @@ def _backbone_differences(run: str | Path) -> UpdateSource:
 
 
 def choose_matrix(run_updates: Sequence[RunUpdates], name: str | None) -> str:
-    """Return `name` if given; otherwise the deepest query projection that all runs change.
+    """Return `name` if given; otherwise, the deepest query projection that all runs change.
 
     If the runs share no query projection, the deepest common matrix is returned.
 
@@ -142,7 +143,7 @@ def rank_row(update: Tensor, values: Tensor | None = None) -> dict[str, Any]:
 
     Args:
         update: Update, `[m, n]`.
-        values: Singular values of the update in float64; None to compute them.
+        values: Singular values of the update in descending order, float64; None to compute them.
     """
     values = torch.linalg.svdvals(update.double()) if values is None else values
     largest = float(values[0])
@@ -170,17 +171,17 @@ def rank_row(update: Tensor, values: Tensor | None = None) -> dict[str, Any]:
 def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
     """Plot each run's update of one matrix (Figure 12a), with singular values and effective ranks.
 
-    Runs must use SNELLA or LoRA on any task, or another weight-changing method on an image task. Without `matrix`, the
-    deepest query projection is drawn.
+    Runs must use SNELLA or plain LoRA on any task, or another weight-changing method on an image task. `matrix`
+    defaults to the deepest query projection (see `choose_matrix`).
 
     Returns:
         Two plots. The table of `update` has one row per run, with size, density and ranks. The table of
         `update-spectrum` has one row per singular value; its additional table `update-spectrum-ranks` contains the
-        ranks of all matrices of the same type.
+        ranks of the matrices with the same name in all blocks.
 
     Raises:
         FileNotFoundError: If a run has no adapter.
-        ValueError: If the runs share no matrix, or a method changes no weights.
+        ValueError: If a run changes no weight matrix or does not change `matrix`, or no matrix is changed by all runs.
     """
     run_updates = [read_updates(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     name = choose_matrix(run_updates, matrix)
@@ -209,28 +210,28 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
 
 
 def overlap(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plot]:
-    """Plot the overlap between the updates of several tasks, by block and by weight (Figures 12b, 12c, section 4.5).
+    """Plot the overlap between the updates of several tasks, by block and by weight (Figures 12b and 12c, Section 4.5).
 
-    Chance levels are computed for the same updates with randomly permuted entries. All runs must use the same backbone.
-    The weight plots show `matrix`, by default the deepest query projection.
+    Each run stands for one task. Chance levels are expected values after random permutations of each update's entries.
+    All runs must use the same backbone. The weight plots show `matrix`, by default the deepest query projection.
 
     Returns:
         Three plots. `overlap`: mean cosine similarity over pairs of tasks that change the block, one row per block.
         `overlap-frequency`: number of weights changed by 0, 1, … tasks, in the matrix and in all matrices.
-        `overlap-map`: number of tasks that change each weight of the matrix; its table lists rows and columns, most
-        frequently changed first.
+        `overlap-map`: number of tasks that change each weight of the matrix; its table lists the rows and the columns,
+        the most frequently changed first.
 
     Raises:
         FileNotFoundError: If a run has no adapter.
-        ValueError: If there are fewer than two runs, the runs have different backbones or change no common matrix, or a
-            method changes no weights.
+        ValueError: If there are fewer than two runs, a run changes no weight matrix or does not change `matrix`, no
+            matrix is changed by all runs, or the shapes of `matrix` differ between runs.
     """
     if len(runs) < 2:
         raise ValueError(f"overlap needs at least 2 runs, got {len(runs)}")
     run_updates = [read_updates(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
     name = choose_matrix(run_updates, matrix)
     names_by_block = _group_by_block(run_updates)
-    if not any(name in names for names in names_by_block.values()):  # without matrices of unequal shapes
+    if not any(name in names for names in names_by_block.values()):  # its shape differs between runs
         shapes = ", ".join(str(list(run.shapes[name])) for run in run_updates)
         raise ValueError(f"runs must have the same backbone, but {name!r} has shapes {shapes}")
     rows: list[Row] = []
@@ -280,7 +281,10 @@ class _Similarity:
         self._intersections += support @ support.T
 
     def row(self) -> dict[str, Any]:
-        """Return the cosine's mean and range over pairs of nonzero updates, its chance level, and the Jaccard index."""
+        """Return the cosine's mean and range over pairs of nonzero updates, its chance level, and the Jaccard index.
+
+        The Jaccard index compares the sets of changed weights.
+        """
         norms = self._products.diagonal().sqrt()
         nonzero_updates = [index for index, norm in enumerate(norms.tolist()) if norm]
         pairs = list(combinations(nonzero_updates, 2))
@@ -315,7 +319,7 @@ def update_frequencies(stacked: Tensor) -> np.ndarray:
 def chance_frequencies(fractions: Iterable[float]) -> np.ndarray:
     """Compute the probabilities that 0, 1, … independent tasks change a weight (Poisson binomial distribution).
 
-    `fractions` are the fractions of weights that each task changes.
+    `fractions` contains the fraction of weights that each task changes.
     """
     distribution = np.ones(1)
     for fraction in fractions:
@@ -329,7 +333,7 @@ def _expected_frequencies(stacked: Tensor) -> np.ndarray:
 
 
 def _axis_means(changed: Tensor) -> list[Row]:
-    """Sort rows (outputs) and columns (inputs) by the mean number of tasks that change their weights."""
+    """Return the mean number of tasks that change a weight of each row (output) and column (input), highest first."""
     entries = [
         {"axis": axis, "index": index, "mean_tasks": float(value)}
         for axis, means in (("row", changed.double().mean(1)), ("column", changed.double().mean(0)))
@@ -341,8 +345,9 @@ def _axis_means(changed: Tensor) -> list[Row]:
 def _group_by_block(run_updates: Sequence[RunUpdates]) -> dict[str, list[str]]:
     """Group matrix names by block, in order of depth.
 
-    Only matrices that all runs change are included, and only if their shapes are equal. Without `allocation.json`, the
-    names determine the blocks. If the model has several stages, blocks are numbered consecutively across stages.
+    Only matrices that all runs change are included, and only if their shapes are equal. A block's number is the depth
+    in `allocation.json` or, for matrices that no such file lists, the number in the name. If the names contain several
+    stages, their blocks are numbered consecutively across stages.
     """
     infos = {name: info for run in run_updates for name, info in run.infos.items()}
     shapes = run_updates[0].shapes.items()
@@ -368,7 +373,7 @@ def _without_numbers(name: str) -> str:
 
 
 def _draw_spectrum(spectrum: Sequence[Row], rows: Sequence[Row], ranks: Sequence[Row], name: str) -> Figure:
-    """Draw singular values relative to the largest, and effective rank versus depth."""
+    """Draw the singular values relative to the largest one, and the effective rank of each matrix in model order."""
     titles = [f"Singular values of {shortened(name, 26)}", "Effective rank by depth"]
     figure, (left, right) = new_panels(860, 380, titles, 2)
     handles = []

@@ -1,7 +1,7 @@
 """Benchmark baselines: functions that adapt a timm model with one method.
 
 An adapter adds a trainable update to the weights of a layer. SNELLA's update `S` keeps only the largest entries of a
-dense matrix `ΔW`, and the sparsity is the fraction of entries that it sets to zero.
+dense matrix `ΔW`, and the sparsity is the fraction of entries that are set to zero.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from snella.sparsify import quantile_threshold, sparsify
 from snella_app.methods.registry import build_method
 
 REFERENCE = "lora"
-"""Baseline in the denominator of the reported ratios of step times."""
+"""Baseline whose step time is the denominator of the reported ratios."""
 
 _QUANTILE_LIMIT = 2**24  # maximum number of entries that torch.quantile accepts
 
 
 class UnfusedLayer(nn.Module):
-    """Unfused reference: separate products for base layer and update, with activation checkpointing of the update.
+    """Unfused reference: separate products for the base layer and the update, which is checkpointed.
 
         y = x W0ᵀ + bias + scaling·x Sᵀ,   S = sparsify(ΔW, quantile(|ΔW|, sparsity))
 
-    `torch.utils.checkpoint` recomputes `ΔW` and all intermediate results in the backward pass, so the magnitudes are
-    sorted twice.
+    `torch.utils.checkpoint` recomputes `ΔW` and all intermediate results of the update in the backward pass, so the
+    threshold is computed twice.
 
     Args:
         layer: An adapted linear layer, whose parameters are shared.
@@ -49,25 +49,25 @@ class UnfusedLayer(nn.Module):
     def __init__(self, layer: SnellaLayer) -> None:
         super().__init__()
         self.layer = layer
-        layer.is_applied = True  # only the parts of the layer are called, which does not mark it as used
+        layer.is_applied = True  # only parts of the layer are called, which does not mark the layer as applied
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Add the outputs of both branches for `x` `[…, n]`."""
         return self.layer.base_layer(x, *args, **kwargs) + checkpoint(self._branch, x, use_reentrant=False)
 
     def _branch(self, x: Tensor) -> Tensor:
-        """Compute the product of the update."""
+        """Multiply the input by the update."""
         spec, factors, budgets, _ = self.layer.get_update("default")
-        groups = []
+        sparse_matrices = []
         for matrix, budget in zip(spec.matrices(factors), budgets, strict=True):
             delta = spec.merge_matrix(matrix)
             sparsity = 1 - budget / delta.numel()
             magnitudes = delta.detach().abs().flatten()
             is_small = delta.numel() <= _QUANTILE_LIMIT
-            # torch.quantile as in the authors' code; quantile_threshold is faster
+            # torch.quantile where possible, as in the authors' code, although quantile_threshold is faster
             threshold = torch.quantile(magnitudes, sparsity) if is_small else quantile_threshold(delta, sparsity)
-            groups.append(sparsify(delta, threshold, spec.mode))
-        return spec.scaling * F.linear(x, torch.cat(groups).to(x.dtype))
+            sparse_matrices.append(sparsify(delta, threshold, spec.mode))
+        return spec.scaling * F.linear(x, torch.cat(sparse_matrices).to(x.dtype))
 
 
 def _use_unfused_reference(model: nn.Module) -> nn.Module:
@@ -86,7 +86,7 @@ def _use_unfused_reference(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Recomputable:
-    """A module output that can be recomputed: its storage, a weak reference to it and its strides."""
+    """A module output that can be recomputed: its storage, a weak reference to the output, and its strides."""
 
     storage: StorageWeakRef  # keeps the address from being reused
     output: weakref.ref[Tensor]
@@ -95,10 +95,10 @@ class _Recomputable:
 
 @dataclass(frozen=True)
 class _Recomputed:
-    """Placeholder for a saved tensor: the output from which it is recomputed, and its place in this output.
+    """Placeholder for a saved tensor: a recomputable module output, and the location of the tensor in this output.
 
     Attributes:
-        mark: Recomputation of the output.
+        mark: Mark with which the output is recomputed.
         stride: Strides of the output.
         view: Size, strides and offset of the saved tensor, which may be a view of the output.
     """
@@ -124,7 +124,7 @@ class RecomputedInputs:
         self._forward = model.forward
         mark_outputs(model)
         for module in model.modules():
-            # SPT parametrizes normalizations, which `mark_outputs` does not support
+            # `mark_outputs` does not support parametrized modules, e.g. the normalizations that SPT changes
             if is_parametrized(module) and isinstance(module, nn.LayerNorm):
                 module.register_forward_hook(_mark_parametrized)
             if can_recompute(module) or is_parametrized(module):
@@ -134,7 +134,7 @@ class RecomputedInputs:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, and save placeholders instead of marked outputs for the backward pass.
 
-        Other tensors are passed to the hooks that are active outside the model, if any.
+        Other tensors are passed to the saved-tensor hooks that are active outside the model, if any.
         """
         outer_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         pack_outer, unpack_outer = outer_hooks or (lambda tensor: tensor, lambda packed: packed)
@@ -195,7 +195,7 @@ _TARGETS = r".*\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 class Workload:
     """Model and settings of a measurement.
 
-    `r` is the rank, and `sparsity` is the fraction of adapted weights that do not change.
+    `r` is the rank, and `sparsity` is the fraction of adapted weights that SNELLA leaves unchanged.
     """
 
     backbone: str
@@ -212,7 +212,7 @@ class Workload:
 
 
 def random_batch(workload: Workload, batch: int) -> tuple[Tensor, Tensor]:
-    """Return random images at the backbone's input size, and labels."""
+    """Return random images at the backbone's input size, and random labels."""
     configuration = timm.get_pretrained_cfg(workload.backbone)
     size = configuration.input_size[-1] if configuration is not None else 224
     images = torch.randn(batch, 3, size, size, device=workload.device, dtype=workload.dtype)
@@ -223,7 +223,7 @@ Builder = Callable[[nn.Module, Workload], nn.Module]
 
 
 def _frozen(model: nn.Module, workload: Workload) -> nn.Module:
-    """Train only the head and the class token, to measure both passes without adapters.
+    """Train only the head and the class token, to measure the forward and backward passes without adapters.
 
     The class token is an input of the first block, so the backward pass runs through all blocks.
     """
@@ -240,7 +240,7 @@ def _full(model: nn.Module, workload: Workload) -> nn.Module:
 
 
 def _lora(model: nn.Module, workload: Workload, **options: Any) -> nn.Module:
-    """Add PEFT's LoRA to SNELLA's layers, without dropout."""
+    """Add PEFT's LoRA to the layers that SNELLA adapts, without dropout."""
     config = LoraConfig(
         r=workload.r, lora_alpha=workload.r, target_modules=_TARGETS, modules_to_save=["head"], **options
     )
@@ -248,19 +248,19 @@ def _lora(model: nn.Module, workload: Workload, **options: Any) -> nn.Module:
 
 
 def _shira(model: nn.Module, workload: Workload) -> nn.Module:
-    """Add PEFT's SHiRA to SNELLA's layers, with `r (m + n)` weights per matrix."""
+    """Add PEFT's SHiRA to the layers that SNELLA adapts, with `r (m + n)` trainable weights per `m × n` layer."""
     return get_peft_model(model, ShiraConfig(r=workload.r, target_modules=_TARGETS, modules_to_save=["head"]))
 
 
-def _method(name: str, *sparse: str, has_rank: bool = True) -> Builder:
-    """Return a builder for a method of `snella train`, whose options in `sparse` get the workload's sparsity.
+def _method(name: str, *sparsity_options: str, has_rank: bool = True) -> Builder:
+    """Return a builder for a method of `snella train`. Its `sparsity_options` are set to the workload's sparsity.
 
     Methods that need data before training receive one batch of two random images.
     """
 
     def build(model: nn.Module, workload: Workload) -> nn.Module:
         options: dict[str, Any] = {"r": workload.r} if has_rank else {}
-        options |= dict.fromkeys(sparse, workload.sparsity)
+        options |= dict.fromkeys(sparsity_options, workload.sparsity)
         return build_method(name, model, batches=lambda: [random_batch(workload, 2)], **options)
 
     return build
@@ -324,5 +324,6 @@ BASELINES: dict[str, Builder] = {
     "snella-reference-compiled": _compiled(_snella(impl="reference")),
     "paper": _then(_use_unfused_reference, _snella(impl="reference")),
 }
-"""Builders by method name. `snella` uses the default settings, and names with this prefix are variants. `-recompute`
-adds SNELLA's recomputation of inputs to a method. `snella-keep-inputs` disables it."""
+"""Builders by method name. `snella` uses the default settings at constant sparsity, and names with the prefix `snella-`
+are its variants. The suffix `-recompute` adds SNELLA's recomputation of inputs to another method, and
+`snella-keep-inputs` disables it. `paper` is the unfused reference."""

@@ -105,7 +105,7 @@ def grid(device: str = "cpu", out: str | None = None) -> BenchConfig:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Duration in seconds of a training step and its two passes."""
+    """Durations in seconds of a training step, its forward pass, and its backward pass."""
 
     forward_s: float
     backward_s: float
@@ -123,7 +123,7 @@ class Runner:
             BudgetAllocator(self.model, total_epochs=100, steps_per_epoch=100).attach(self.optimizer)
 
     def step(self, images: Tensor, labels: Tensor) -> StepTime:
-        """Run one training step, and time it and its two passes."""
+        """Run one training step, and time the step and its two passes."""
         start = synchronized_time(self.device)
         loss = nn.functional.cross_entropy(self.model(images), labels)
         forward = synchronized_time(self.device)
@@ -134,7 +134,7 @@ class Runner:
         return StepTime(forward - start, backward - forward, synchronized_time(self.device) - start)
 
     def has_finite_gradients(self, images: Tensor, labels: Tensor) -> bool:
-        """Return True if gradients exist and are finite. The two passes also warm up the model."""
+        """Return True if gradients exist and are finite. Computing them also warms up the model."""
         nn.functional.cross_entropy(self.model(images), labels).backward()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         is_finite = bool(gradients) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
@@ -143,15 +143,15 @@ class Runner:
 
 
 _STEPS = 2
-"""Training steps in which the peak memory is measured."""
+"""Number of training steps in which the peak memory is measured."""
 
 
 def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
     """Measure the peak memory of two training steps, in MiB.
 
-    On a GPU, `peak_gpu_mib` is the peak of the allocator. On a CPU, `peak_rss_mib` is the peak resident set size of a
-    new process after the model and the optimizer exist. It includes libraries and thread pools. `peak_step_mib` is its
-    growth during the steps.
+    On a GPU, `peak_gpu_mib` is the peak of the allocator. On a CPU, the steps run in a new process: `peak_rss_mib` is
+    the peak resident set size of this process, including libraries and thread pools, and `peak_step_mib` is the growth
+    of the peak during the steps. Building the model and the optimizer is excluded if the system can reset the peak.
     """
     if torch.device(workload.device).type == "cuda":
         gc.collect()  # models of earlier measurements are in reference cycles
@@ -188,7 +188,7 @@ def peak_of_child(function: Callable[..., float], name: str, *args: Any) -> dict
 
 
 def _send_peak(sender: Any, threads: int, function: Callable[..., float], *args: Any) -> None:
-    """Call the function, and send the peak memory of this process and its growth since the function's result."""
+    """Call the function, and send the peak memory of this process and its excess over the function's result."""
     torch.set_num_threads(threads)
     before = function(*args)
     peak = peak_rss_mib()
@@ -213,11 +213,11 @@ _TABLE_COLUMNS = ("method", "forward_s", "backward_s", "step_s", f"step_over_{RE
 
 
 def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str, Any]]:
-    """Time training steps of all methods on the same images, return the rows, and append them to `config.out`.
+    """Time training steps of all methods on the same images, return the rows, and append them to `config.out` if set.
 
     After two warm-up steps, every round takes one step of each method, in random order. A method is skipped if its
-    gradients are not finite, its op is unavailable or differs from the reference, or it does not fit into GPU memory.
-    With `rounds=0`, only saved tensors and parameters are counted.
+    gradients are not finite, if its backend of SNELLA's op is unavailable or differs from the reference, or if it does
+    not fit into GPU memory. With `rounds=0`, only saved tensors and parameters are counted.
 
     Raises:
         ValueError: If the device is not available.
@@ -245,14 +245,14 @@ def _check_device(device: str) -> None:
     """Raise a ValueError if torch cannot allocate on the device."""
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         raise ValueError(f"device must be available, got {device!r} ({first_line(error)}); use device cpu") from error
 
 
 def _time(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:
     """Time interleaved steps of all methods in one setting, and count their saved tensors and parameters.
 
-    The steps are interleaved so that a change in the speed of the machine affects all methods.
+    The steps are interleaved so that a change in the speed of the machine affects all methods alike.
     """
     images, labels = random_batch(workload, batch)
     runners: dict[str, Runner] = {}
@@ -305,7 +305,7 @@ def _prepare(name: str, workload: Workload, images: Tensor, labels: Tensor) -> R
 
 
 def _implementation(name: str) -> str | None:
-    """Return the backend of SNELLA's op that a method uses, or None if it uses the reference or no op of SNELLA."""
+    """Return the backend of SNELLA's op that a method uses, or None for the reference and methods without the op."""
     if not name.startswith(("snell", "klora")) or "reference" in name:
         return None
     for impl in ("eager", "triton"):
@@ -315,19 +315,19 @@ def _implementation(name: str) -> str | None:
 
 
 def _count(config: BenchConfig, workload: Workload, batch: int) -> list[dict[str, Any]]:
-    """Count the saved tensors and parameters of one setting, from one forward pass of each method."""
+    """Count the saved tensors and parameters of each method in one setting, using one forward pass per method."""
     images, _ = random_batch(workload, batch)
     common = {"benchmark": "kept_bytes", **setting_fields(workload, batch), **conditions(workload.device)}
     rows = []
     for name in config.methods:
-        # without a name for the model, so that it is freed before the next one is built
+        # the model is not bound to a name, so that it is freed before the next one is built
         rows.append({**common, "method": name, **_tensor_counts(BASELINES[name](workload.base(), workload), images)})
         gc.collect()
     return rows
 
 
 def setting_fields(workload: Workload, batch: int) -> dict[str, Any]:
-    """Convert a setting to row fields."""
+    """Convert a setting to row fields, except for the device."""
     fields = {key: value for key, value in asdict(workload).items() if key not in ("dtype", "device")}
     return {**fields, "dtype": str(workload.dtype).removeprefix("torch."), "batch": batch}
 
@@ -344,7 +344,7 @@ def _tensor_counts(model: nn.Module, images: Tensor) -> dict[str, Any]:
 
 
 def _summary(steps: list[StepTime], reference_steps: list[StepTime] | None) -> dict[str, Any]:
-    """Return the median times and, if the reference was timed, the ratio to it (see `ratio_fields`)."""
+    """Return the median times and, if the reference was timed, the ratio to the reference (see `ratio_fields`)."""
     summary: dict[str, Any] = {}
     for key in ("forward_s", "backward_s", "step_s"):
         median_s = statistics.median(getattr(step, key) for step in steps)
@@ -357,7 +357,7 @@ def _summary(steps: list[StepTime], reference_steps: list[StepTime] | None) -> d
 
 
 def ratio_fields(reference: str, times: list[float], reference_times: list[float]) -> dict[str, Any]:
-    """Return the median and the quartiles of the ratio to a reference as row fields, with one ratio per round."""
+    """Return row fields with the median and the quartiles of the ratios to a reference, one ratio per round."""
     ratios = [time_s / reference_s for time_s, reference_s in zip(times, reference_times, strict=True)]
     return {
         f"step_over_{reference}": round(statistics.median(ratios), 3),
@@ -387,5 +387,5 @@ def _table(rows: list[dict[str, Any]], workload: Workload, batch: int) -> Table:
 
 
 def _cell_text(value: Any) -> str:
-    """Format a table cell, with separators for the thousands of integers."""
+    """Format a table cell, with thousands separators in integers."""
     return f"{value:,}" if isinstance(value, int) else str(value)

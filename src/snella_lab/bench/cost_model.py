@@ -1,7 +1,7 @@
 """Cost model of a training step: FLOPs, bytes moved, bytes saved and communication for plain transformers.
 
 Counts are closed-form functions of shapes. `machines` converts them to seconds. Merging computes SNELLA's update from
-its factors and adds it to the weight `W0`, which gives the weight `W` of the step.
+its factors and adds the update to the frozen weight `W0`, which gives the weight `W` of the step.
 
 Shape letters: `d` width, `h` hidden width of the MLP, `r` rank, `n` inputs and `m` outputs of a layer.
 """
@@ -23,7 +23,7 @@ _SIZES: dict[Precision, tuple[int, int, int]] = {"float32": (4, 4, 4), "autocast
 """Bytes of an activation, of a frozen weight and of an entry of the residual stream."""
 _INT8 = 17 / 16  # bytes per entry, where 64 entries share a float32 scale
 _ADAMW = 28  # bytes per parameter: reads weight, gradient and two moments, writes weight and moments
-_DENSE_FROM = 0.1  # below this density, CPUs compute only the changed entries of a weight gradient
+_DENSE_FROM = 0.1  # below this density, CPUs compute a weight gradient only for the changed weights
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Transformer:
         image: Values per input image. 0 for a language model.
         outputs: Number of classes, or vocabulary size for a language model.
         kv_width: Output width of the key and value layers in LLaMA. None for `d`.
-        is_llama: True for LLaMA's blocks: separate q, k, v, a gated MLP, no biases.
-        has_layer_scale: True if both branches of a block end with a trained scale.
+        is_llama: True for LLaMA's blocks: separate q, k, and v layers, a gated MLP, and no biases.
+        has_layer_scale: True if both branches of a block end with a learned scale.
     """
 
     width: int
@@ -154,10 +154,10 @@ class Kernels:
 
     Args:
         operations: Vector operations per entry at rank 8.
-        per_rank: Vector operations per entry for each rank above 8.
-        merged_bytes: Bytes moved per entry for `ΔW` in float32 and the gradient.
+        per_rank: Additional vector operations per entry for each unit of rank above 8.
+        merged_bytes: Bytes moved per entry for `ΔW` in float32 and for the weight gradient.
         weight_accesses: Accesses to `W0` and `W` per entry, in the dtype of the weights.
-        launches: Launches per layer in both passes. 0 on a CPU.
+        launches: Kernel launches per layer in both passes. 0 on a CPU.
         dense: True if the weight gradient is dense at every sparsity.
         serial: Instructions that one warp executes per softmax row in both passes. Too few programs run to fill the
             device, so these instructions are not hidden and add to the step time.
@@ -197,10 +197,10 @@ class StepCount:
         half_products: FLOPs of products in bfloat16 while activations are in float32.
         vector: Elementwise operations, excluding merging.
         moved: Bytes read and written, excluding merging.
-        launches: Launches, excluding merging.
+        launches: Kernel launches, excluding merging.
         merge_vector: Elementwise operations of merging.
-        merge_moved: Bytes of merging.
-        merge_launches: Launches of merging.
+        merge_moved: Bytes read and written by merging.
+        merge_launches: Kernel launches of merging.
         merge_serial: Instructions on the critical path of merging, executed by one warp.
         saved: Bytes that autograd saves for the backward pass.
         is_full: True if the method trains all parameters of the model.
@@ -208,7 +208,7 @@ class StepCount:
         trainable: Number of trainable parameters: adapters plus the trained parameters of the model itself.
         base_weights: Bytes of the parameters, excluding adapters.
         block_weights: Bytes of one block's adapted matrices, excluding adapters.
-        temporary: Bytes of the largest set of temporaries of one layer.
+        temporary: Bytes of temporary tensors in the layer that needs the most.
     """
 
     products: float
@@ -230,17 +230,17 @@ class StepCount:
 
     @property
     def weights(self) -> float:
-        """Bytes of all parameters, where adapters are in float32."""
+        """Bytes of all parameters, with the adapters in float32."""
         return self.base_weights + _FLOAT32 * self.adapters
 
     @property
     def peak(self) -> float:
-        """Peak bytes on one device: weights, AdamW's moments, and the maximum of backward pass and optimizer step."""
+        """Peak bytes on one device: weights, AdamW's moments, and the maximum over backward pass and optimizer step."""
         trained = _FLOAT32 * self.trainable
         return self.weights + 2 * trained + max(self.saved + self.temporary, trained)
 
     def sharded_peak(self, devices: int) -> float:
-        """Peak bytes on one of `devices` under FSDP2: a share of the base weights, and two gathered blocks.
+        """Return the peak bytes per device under FSDP2, with a share of the base weights and two gathered blocks.
 
         Adapters, their gradients and their moments stay replicated. Full fine-tuning also shards gradients and moments.
         """
@@ -249,7 +249,7 @@ class StepCount:
         return state + max(self.saved + self.temporary, trained)
 
     def communicated(self, devices: int, strategy: Strategy) -> float:
-        """Bytes that one of p devices sends in a step: ring all-reduce, all-gather and reduce-scatter.
+        """Return the bytes that each of p devices sends in a step: ring all-reduce, all-gather, and reduce-scatter.
 
         ddp    2·(p − 1)/p · gradients
         fsdp2  2·(p − 1)/p · base weights (gathered in both passes)
@@ -310,7 +310,7 @@ def count_step(
         r: Rank.
         sparsity: Fraction of the adapted weights that SNELLA leaves unchanged.
         precision: Dtypes of activations and frozen weights.
-        kernels: Backend that merges the factors.
+        kernels: Cost of merging with the backend in use.
         is_checkpointed: If True, blocks save only their inputs and repeat the forward pass of the frozen model.
             Repeated merging and repeated adapter products are not counted.
     """
@@ -422,7 +422,7 @@ def _method_cost(model: Transformer, options: Method, tokens: int, activation: i
         moved = activation * tokens * (6 * inputs + 10 * outputs)
         extra = extra.plus(_Cost(products=6 * tokens * r * (inputs + outputs), moved=moved, launches=10 * layers))
     if options.family == "dora":
-        # PEFT computes the norms of the merged weight by a product with the identity, and scales both outputs
+        # PEFT computes the norms of the merged weight from a product with the identity, and scales both outputs
         identity_products = sum(2 * n * r * (n + m) for m, n, _ in model.layers)
         moved = activation * tokens * 14 * outputs + 40 * model.entries
         extra = extra.plus(_Cost(products=identity_products, moved=moved, launches=30 * layers))
@@ -432,7 +432,7 @@ def _method_cost(model: Transformer, options: Method, tokens: int, activation: i
 def _weight_gradient(
     model: Transformer, options: Method, tokens: int, sparsity: float, precision: Precision, kernels: Kernels
 ) -> tuple[float, float, float]:
-    """Return the FLOPs of products, the FLOPs of bfloat16 products and the bytes of one block's weight gradients."""
+    """Return the FLOPs (activation dtype), FLOPs (bfloat16), and bytes moved for one block's weight gradients."""
     if options.family not in ("full", "snella"):
         return 0.0, 0.0, 0.0  # `_method_cost` includes the gradients of LoRA's factors
     activation, _, _ = _SIZES[precision]
@@ -479,13 +479,13 @@ def _saved_by_block(model: Transformer, options: Method, tokens: int, r: int, pr
     kv = model.kv_width or model.width
     activation, _, stream = _SIZES[precision]
     attention = d + 2 * kv
-    gates = 1 + model.is_llama
+    hidden_tensors = 1 + model.is_llama
     # inputs of two normalizations, q, k and v, the output of attention, and the input of the activation (and the gate)
-    per_token: float = 2 * d * stream + (attention + d + gates * h) * activation
+    per_token: float = 2 * d * stream + (attention + d + hidden_tensors * h) * activation
     if options.compress:  # in 8 bits, without the output of attention
-        per_token = _INT8 * (2 * d + attention + gates * h)
+        per_token = _INT8 * (2 * d + attention + hidden_tensors * h)
     if not options.recompute and options.family != "frozen":  # outputs of the normalizations and the activation
-        per_token += (2 * d + gates * h) * activation
+        per_token += (2 * d + hidden_tensors * h) * activation
     statistics = 2 if model.is_llama else 4  # two normalizations save a scale and, except in LLaMA, a mean
     per_token += (model.heads + statistics) * _FLOAT32  # attention saves a logsumexp per head
     fixed = 0.0

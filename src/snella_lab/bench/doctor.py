@@ -31,7 +31,7 @@ from snella_lab.provenance import conditions, processor_name
 _PACKAGES = ("snella", "torch", "peft", "timm", "triton", "numba", "numpy")
 _MERGES = 20  # timed calls
 _MERGED_SHAPES = {(768, 768): 48, (3072, 768): 24}
-"""Number of matrices of a ViT-B by shape. The 12 matrices of 768×3072 count as 3072×768."""
+"""Number of adapted matrices in a ViT-B by shape. The 12 matrices of 768×3072 count as 3072×768."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Diagnosis:
         machine: Operating system, CPU, memory, versions and GPUs.
         checks: One check per device, backend and dtype.
         steps: Rows of `snella bench` for LoRA, full fine-tuning and SNELLA.
-        merges: Time of merging one matrix (`ΔW`, exact threshold, addition to the weight), see `time_merges`.
+        merges: Times of merging one matrix (`ΔW`, exact threshold, addition to the weight); see `time_merges`.
     """
 
     machine: dict[str, Any]
@@ -59,10 +59,10 @@ class Diagnosis:
 def diagnose(
     *, time_steps: bool = True, out: str | Path | None = None, console: Console | None = None, rounds: int = 3
 ) -> Diagnosis:
-    """Describe the machine, check each backend against the reference, and time training steps of a ViT-B and merging.
+    """Describe the machine, check each backend against the reference, and time merging and training steps of a ViT-B.
 
-    Merging computes SNELLA's update and adds it to the weight. Steps are timed on the fastest device. On a CPU, the
-    batch size is 4 and the dtype float32. On a GPU, the batch size is 64, and both float32 and bfloat16 are timed.
+    Merging computes SNELLA's update and adds it to the weight. Steps are timed on the GPU if there is one, with batch
+    size 64 in float32 and in bfloat16; otherwise, they are timed on the CPU, with batch size 4 in float32.
 
     Args:
         time_steps: If True, time training steps and merging.
@@ -135,9 +135,9 @@ def time_merges(steps: list[dict[str, Any]], device: str) -> list[dict[str, Any]
         device: Device of the tensors.
 
     Returns:
-        A row per shape and dtype of `steps`. It contains the median milliseconds of all calls but the first, and the
-        fraction of the SNELLA step that is spent on merging the ViT-B matrices of this shape in the forward pass. The
-        fraction is None without a SNELLA row.
+        One row per shape, for each dtype in `steps`. It contains the median milliseconds of all calls but the first,
+        and the estimated fraction of the SNELLA step that is spent on merging the ViT-B matrices of this shape in the
+        forward pass. The fraction is None if `steps` has no SNELLA row of this dtype.
     """
     rows = []
     for name in dict.fromkeys(row["dtype"] for row in steps):
@@ -187,7 +187,7 @@ def backends_of(device: str) -> tuple[str, str]:
 
 
 def describe_machine(versions: dict[str, str]) -> dict[str, Any]:
-    """Return operating system, CPU, memory, GPUs and driver, with the given package versions.
+    """Describe the operating system, CPU, memory, GPUs, and driver, and include the given package versions.
 
     bfloat16 counts as supported only if the device has instructions for it, not if it is emulated.
     """
@@ -210,7 +210,7 @@ def describe_machine(versions: dict[str, str]) -> dict[str, Any]:
 
 
 def _describe_gpu(index: int) -> str:
-    """Return name, memory, compute capability and bfloat16 support of a GPU."""
+    """Return the name, memory, compute capability, and bfloat16 support of a GPU."""
     gpu = torch.cuda.get_device_properties(index)
     with torch.cuda.device(index):
         is_supported = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -219,5 +219,5 @@ def _describe_gpu(index: int) -> str:
 
 
 def _bfloat16(is_supported: bool) -> str:
-    """Format whether a device has bfloat16 products."""
+    """Format whether a device has instructions for bfloat16 products."""
     return f", bfloat16 products: {'yes' if is_supported else 'no'}"

@@ -1,13 +1,13 @@
-"""Hardware rates, and step time predicted from the counts of `cost_model`.
+"""Hardware rates, and step times predicted from the counts of `cost_model`.
 
-The host launches kernels in parallel with the device, and communication overlaps with computation:
+The host launches kernels while the device runs earlier ones, and communication overlaps with computation:
 
     device  = FLOP / product + vector operations / vector + bytes moved / memory + serial instructions / issue
     seconds = max(device, launches · launch_s, bytes sent / link)
 
 DDP reduces gradients during the backward pass, and FSDP2 gathers a block while the previous one computes. Without any
-overlap, a step would take the sum of computation and communication, at most twice the maximum. Merging computes
-SNELLA's update and adds it to the weight.
+overlap, a step would take the sum of computation and communication, which is at most twice the maximum. Merging
+computes SNELLA's update and adds it to the weight.
 
 `benchmarks/cost_model.py` fits the product, vector and memory rates of CPUs to measured steps. Rates of GPUs are
 datasheet values times assumed efficiencies.
@@ -52,7 +52,7 @@ class Rates:
     link: float = math.inf
 
     def seconds(self, step: StepCount, devices: int = 1, strategy: Strategy = "ddp") -> float:
-        """Return the time of a step on each of `devices`, in seconds."""
+        """Return the time in seconds of a step that runs on `devices` devices."""
         return max(self._device_seconds(step), self._launch_seconds(step), self.link_seconds(step, devices, strategy))
 
     def link_seconds(self, step: StepCount, devices: int, strategy: Strategy) -> float:
@@ -60,9 +60,9 @@ class Rates:
         return step.communicated(devices, strategy) / self.link
 
     def merge_share(self, step: StepCount) -> float:
-        """Return the fraction of a step on one device spent on merging, without the weight gradient.
+        """Return the fraction of a single-device step that merging takes, excluding the weight gradient.
 
-        If launching takes longer than the kernels, this is the fraction of the launches.
+        If launching the kernels takes longer than running them, this is the fraction of launches that merging needs.
         """
         device_s = self._device_seconds(step)
         if self._launch_seconds(step) > device_s:
@@ -118,7 +118,7 @@ GPUS: dict[str, Gpu] = {
     "mi300x": Gpu("MI300X", 1307.4e12, 163.4e12, 5.3e12, 448e9, 2.1e9, "AMD MI300X datasheet"),
 }
 """Values attributed to the datasheets, but neither checked against them nor measured. The datasheets of H200 and L4
-state twice the product rate, because they count sparsity."""
+state twice the product rate, because they assume sparse matrices."""
 
 EFFICIENCIES = {
     "product": (0.35, 0.5, 0.65),
@@ -128,19 +128,22 @@ EFFICIENCIES = {
 """Assumed fractions of the peak rates: low, expected and high."""
 _LINK = 0.7  # assumed fraction of the link rate
 LAUNCHES = (5e-6, 10e-6, 20e-6)
-"""Assumed host seconds per launch of an eager model: low, expected and high."""
+"""Assumed host seconds per kernel launch in eager mode: low, expected and high."""
 
 
 def gpu_rates(
     gpu: str, product: int = 1, vector: int = 1, memory: int = 1, launch: int = 1, *, is_float32: bool = False
 ) -> Rates:
-    """Return the rates of a GPU. Each of the four levels is 0 (low), 1 (expected) or 2 (high)."""
+    """Return the rates of a GPU, where products run without tensor cores if `is_float32`.
+
+    Each of the four levels is 0 (low), 1 (expected), or 2 (high).
+    """
     peak = GPUS[gpu]
     vector_efficiency = EFFICIENCIES["vector"][vector]
     return Rates(
         product=(peak.vector if is_float32 else peak.product) * EFFICIENCIES["product"][product],
         half_product=peak.product * EFFICIENCIES["product"][product],
-        vector=peak.vector / 2 * vector_efficiency,  # datasheets count a multiply-add, one instruction, as two FLOP
+        vector=peak.vector / 2 * vector_efficiency,  # datasheets count a multiply-add, one instruction, as two FLOPs
         memory=peak.memory * EFFICIENCIES["memory"][memory],
         launch_s=LAUNCHES[launch],
         issue=peak.clock * vector_efficiency,
@@ -149,7 +152,7 @@ def gpu_rates(
 
 
 def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int | None:
-    """Return the tokens of the smallest batch that meets a monotonic condition, or None above a million tokens."""
+    """Return the size in tokens of the smallest batch that meets a monotonic condition, or None above a million."""
     low = 0
     high = _MAX_TOKENS // model.tokens
     if not is_reached(high):
@@ -167,14 +170,14 @@ def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int |
 class GpuForecast:
     """Predicted step times of a plain transformer on one GPU with Triton kernels.
 
-    Sparsity does not change them, because the Triton kernels compute dense weight gradients.
+    Sparsity does not change the step times, because the Triton kernels compute dense weight gradients.
 
     Args:
         gpu: Key of `GPUS`.
         shape: Shape of the model.
         batch: Samples per step.
         r: Rank.
-        dtype: `fp32`, or `bf16` for autocast over frozen weights in bfloat16.
+        dtype: `fp32`, or `bf16` for autocast with frozen weights in bfloat16.
     """
 
     gpu: str
@@ -213,7 +216,7 @@ class GpuForecast:
 
     @property
     def crossing(self) -> int | None:
-        """Tokens per step from which SNELLA is as fast as LoRA, or None above a million tokens."""
+        """Tokens per step from which SNELLA is at least as fast as LoRA, or None if above a million tokens."""
         rates = self._expected
 
         def is_as_fast(batch: int) -> bool:
@@ -223,7 +226,7 @@ class GpuForecast:
 
     @property
     def notes(self) -> list[str]:
-        """Lines of text with the ratio of SNELLA to LoRA, the share of merging and the crossing."""
+        """Lines of text with the step-time ratio of SNELLA to LoRA, the share of merging, and the crossing."""
         low, expected, high = self.ratio("snella")
         crossing = self.crossing
         tokens = self.shape.tokens
@@ -234,7 +237,7 @@ class GpuForecast:
         else:
             faster = f"below {crossing:,} tokens per step (batch size {crossing // tokens:,}), LoRA is faster"
         return [
-            "step is predicted, not measured: datasheet values with a range of efficiencies, "
+            "step is predicted, not measured: datasheet values with a range of efficiencies; "
             "see docs/notes/cost-model.md",
             f"snella takes {expected:.2f} ({low:.2f}–{high:.2f}) times as long as lora; "
             f"merging takes {self.merge_share:.0%} of its step",
@@ -255,15 +258,18 @@ class GpuForecast:
 def forecast(
     gpu: str, backbone: str, img_size: int | None = None, *, batch: int = 32, r: int = 8, dtype: str = "fp32"
 ) -> tuple[str, GpuForecast | None]:
-    """Return the product name of a GPU and the forecast for a backbone, which is None unless it is a plain ViT."""
+    """Return the product name of a GPU and the forecast for a backbone.
+
+    The forecast is None unless the backbone is a plain ViT.
+    """
     shape = shape_of_backbone(backbone, img_size)
     return GPUS[gpu].name, None if shape is None else GpuForecast(gpu, shape, batch, r, dtype)
 
 
 def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int = 100) -> Transformer | None:
-    """Return the shape of a plain timm `VisionTransformer`, or None for other models, other blocks and gated MLPs.
+    """Return the shape of a plain timm `VisionTransformer`, or None for a different model, block or MLP.
 
-    The model is built on the meta device, which allocates no weights.
+    If possible, the model is built on the meta device, which allocates no weights.
     """
     from timm.layers import Mlp
     from timm.models.vision_transformer import Block, VisionTransformer
@@ -274,7 +280,7 @@ def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int =
     try:
         with torch.device("meta"):
             model = create_backbone(backbone, **options)
-    except RuntimeError:  # meta tensors have no values; timm 1.0.20 reads some
+    except RuntimeError:  # meta tensors have no values, but timm 1.0.20 reads some
         model = create_backbone(backbone, **options)
     block = model.blocks[0] if isinstance(model, VisionTransformer) else None
     if not isinstance(model, VisionTransformer) or type(block) is not Block or type(block.mlp) is not Mlp:

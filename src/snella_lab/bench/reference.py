@@ -1,6 +1,6 @@
 """Correctness checks of backends against a float64 reference.
 
-A backend computes SNELLA's update of a weight, and the gradients of its factors and scalars.
+A backend computes SNELLA's update of a weight, and the gradients of the update's factors and scalars.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHAPES = (((1,), 1), ((96,), 80), ((17,), 33), ((40, 40, 40), 64), ((768,), 192)
 """`(rows of each matrix, columns)` of a weight: a single entry, even and odd shapes, a fused layer of query, key and
 value, and a layer of a ViT."""
 KERNELS = ("mix_k", "p_linear")
-"""Kernels that are checked with every shape. `check_cases` yields `normalized_rbf` with only two."""
+"""Kernels that are checked with every shape. `check_cases` yields `normalized_rbf` with only two shapes."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SAMPLES = 8
 """Number of random samples per case."""
@@ -33,7 +33,7 @@ _SCALARS = ("piece_coeff", "alpha", "beta", "temperature")
 
 @dataclass(frozen=True)
 class CheckCase:
-    """One weight of a check: its kernel, shape and rank, and the mode of sparsification."""
+    """Case of a check: kernel, shape, rank and sparsification mode of the update of one weight."""
 
     kernel: str
     rows: tuple[int, ...]
@@ -51,7 +51,7 @@ class CheckCase:
 
 
 def check_cases() -> Iterator[CheckCase]:
-    """Yield each of `KERNELS` with every shape, and kernel `normalized_rbf`, mode `official` and rank 32 with some."""
+    """Yield each of `KERNELS` with every shape, then `normalized_rbf`, mode `official` and rank 32 with some shapes."""
     for kernel in KERNELS:
         for rows, columns in SHAPES:
             yield CheckCase(kernel, rows, columns)
@@ -65,14 +65,15 @@ def check_cases() -> Iterator[CheckCase]:
 class BackendCheck:
     """Comparison of one backend with the float64 reference.
 
-    The error of an output or gradient is its largest absolute error divided by its largest exact value, as the root
-    mean square over random samples. The tolerance is `2·max(error of the reference in the same dtype, 8·eps) + eps/2`.
+    The error of an output or gradient is the root mean square, over random samples, of its largest absolute error
+    divided by its largest exact magnitude in all samples. The tolerance is `2·max(error of the reference in the same
+    dtype, 8·eps) + eps/2`. The gradients of all scalars share the largest of their reference errors.
 
     Attributes:
         device: Device of the tensors.
         impl: Backend.
         dtype: Dtype of input, weight and gradient. Factors are in float32.
-        cases: Number of cases, see `check_cases`.
+        cases: Number of cases; see `check_cases`. 0 if a case raised an error.
         worst: Largest ratio of error to tolerance over all cases, outputs and gradients. At most 1 for a correct
             backend. Infinite for NaN and for kernels that raise a RuntimeError, e.g. in the first-use check.
         where: Case and tensor with the largest ratio.
@@ -98,8 +99,8 @@ class BackendCheck:
 def check_backend(impl: str, device: str, dtype: str = "fp32", *, sparsity: float = 0.7) -> BackendCheck:
     """Compare a backend with the float64 reference in all `check_cases`.
 
-    `dtype` is the dtype of input, weight and gradient: `fp32` or `bf16`. The check ends at the first case that fails
-    with an error.
+    `dtype` is the dtype of input, weight and gradient: `fp32` or `bf16`. The check ends at the first case that
+    raises an error.
     """
     worst = 0.0
     where = ""
@@ -160,7 +161,7 @@ def _ratios(case: CheckCase, impl: str, device: str, dtype: torch.dtype, sparsit
 
 
 def _tensors(case: CheckCase, seed: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Create random inputs, weight, factors, scalars and output gradient of one layer."""
+    """Create random tensors for one layer: input, weight, factors, scalars and output gradient."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
@@ -183,7 +184,7 @@ def _tensors(case: CheckCase, seed: int, device: str, dtype: torch.dtype) -> dic
 
 
 def _solve(case: CheckCase, tensors: dict[str, Tensor], impl: str, sparsity: float) -> dict[str, Tensor]:
-    """Compute the output `y` of one layer and the gradients of its other tensors, by name."""
+    """Return the output `y` of one layer and the gradients of its input, weight, factors and scalars, by name."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if name != "grad_y"}
     factors = Factors(*(leaves.get(name) for name in Factors._fields))  # type: ignore[arg-type]
     spec = UpdateSpec(make_kernel(case.kernel), case.rows, case.mode)

@@ -1,4 +1,4 @@
-"""Benchmark rows: storage as JSON lines, and figures."""
+"""Benchmark rows: storage as JSON Lines, and figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from snella_lab.style import save_figure, style_of
 
 
 def append_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows to a JSON lines file, after removing a truncated last line."""
+    """Append rows to a JSON Lines file, after removing a truncated last line."""
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_file() and (content := file.read_bytes()) and not content.endswith(b"\n"):
@@ -25,7 +25,7 @@ def append_rows(path: str | Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Read a JSON lines file. A last line that is truncated is skipped.
+    """Read a JSON Lines file. The last line is skipped if it is invalid JSON, e.g. truncated.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -48,7 +48,7 @@ _ORDER = (
     *("lora", "snella", "full", "paper", "frozen", "dora", "shira", "snella-keep-delta"),
     *("klora", "spt-lora", "spt-adapter", "snell"),
 )
-"""Methods in the order of legends, which also selects their line styles."""
+"""Methods in legend order. The position of a method also selects its line style."""
 
 
 _MEMORY_LABELS = {
@@ -56,11 +56,11 @@ _MEMORY_LABELS = {
     "peak_step_mib": "memory growth during steps (MiB)",
     "counted_mib": "estimated memory (MiB)",
 }
-"""Axis label of each measure of memory, the preferred measure first."""
+"""Axis labels of the memory measures, the preferred measure first."""
 
 
 def is_step_time(row: dict[str, Any]) -> bool:
-    """Return True for a row of step times that figures show. `snella-keep-delta` is shown only on GPUs."""
+    """Return True for a row of step times that is drawn in figures. `snella-keep-delta` is not drawn on CPUs."""
     is_hidden = row.get("method") == "snella-keep-delta" and row["device"].startswith("cpu")
     return row.get("benchmark") == "step_time" and not is_hidden
 
@@ -68,8 +68,8 @@ def is_step_time(row: dict[str, Any]) -> bool:
 def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
     """Draw step time versus batch size and memory versus model size as SVG, and return the paths.
 
-    For each setting, the row with the most rounds on its latest day is drawn. A figure needs at least two batch sizes
-    or two models.
+    For each method and setting, only the row with the most rounds on the latest day is drawn. A time figure needs at
+    least two batch sizes, and a memory figure needs at least two models.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
 def _counted_mib(row: dict[str, Any]) -> float:
     """Estimate the memory of a step: weights, saved tensors, gradients, and AdamW's two moments of trained parameters.
 
-    SNELLA's importance adds two float32 averages per trainable parameter.
+    SNELLA's importance scores add two float32 averages per trainable parameter.
     """
     itemsize = 2 if row["dtype"] in ("bfloat16", "float16") else 4
     importance = 2 * 4 * row["trainable"] if row["method"].startswith("snella") else 0
@@ -138,17 +138,17 @@ def _draw_lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: s
 
 
 def sort_key(name: str) -> tuple[int, str]:
-    """Return the sort key of a method: its position in `_ORDER`. Other methods follow in alphabetical order."""
+    """Return a key that sorts methods as in `_ORDER`, followed by all others in alphabetical order."""
     return _ORDER.index(name) if name in _ORDER else len(_ORDER), name
 
 
 def _settings_text(dtype: str, r: int, sparsity: float, device: str) -> str:
     """Format the settings that a figure's rows share. CPU names are shortened to "CPU"."""
-    source = device.partition(",")[0].upper() if device.startswith("cpu") else device
-    return f"{dtype}, r {r}, sparsity {sparsity}, {source}"
+    device_text = device.partition(",")[0].upper() if device.startswith("cpu") else device
+    return f"{dtype}, r {r}, sparsity {sparsity}, {device_text}"
 
 
 def _suffix(dtype: str, r: int, sparsity: float, device: str) -> str:
     """Format the settings that a figure's rows share as a file name suffix."""
-    source = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return f"-{dtype}-r{r}-sparsity{sparsity}-{source}"
+    device_text = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return f"-{dtype}-r{r}-sparsity{sparsity}-{device_text}"

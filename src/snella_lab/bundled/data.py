@@ -27,7 +27,7 @@ def read_nifti(path: Path) -> np.ndarray:
         The voxels, `[x, y, z]`, uint8.
 
     Raises:
-        ValueError: If the file is damaged or has another format.
+        ValueError: If the file is damaged or has a different format.
     """
     try:
         content = gzip.decompress(path.read_bytes())
@@ -43,21 +43,22 @@ def read_nifti(path: Path) -> np.ndarray:
         raise ValueError(f"'{path}' is damaged: {error}") from error
 
 
-_FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"  # installed by the Debian package
+_FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"  # of the Debian package
 _FASHION_CLASSES = [
     "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 ]  # fmt: skip
-_STAMPS_FOLDER = "/usr/share/tuxpaint/stamps"  # installed by the Debian package
+_STAMPS_FOLDER = "/usr/share/tuxpaint/stamps"  # of the Debian package
 _MIN_STAMPS = 12
 
 
 def load_fashion_mnist() -> Collection:
     """Load Fashion-MNIST: 60,000 training and 10,000 test images of clothing, 28x28 grayscale, 10 classes.
 
-    The four IDX files are read from `$SNELLA_FASHION_MNIST` or, if it is not set, from the Debian package's folder.
+    The four IDX files are read from `$SNELLA_FASHION_MNIST` or, if it is not set, from the folder of the Debian package
+    `dataset-fashion-mnist`.
 
     Raises:
-        FileNotFoundError: If files are missing.
+        FileNotFoundError: If a file is missing.
         ValueError: If a file is damaged, or images and labels do not match.
     """
     root = Path(os.environ.get("SNELLA_FASHION_MNIST") or _FASHION_FOLDER).expanduser()
@@ -77,9 +78,9 @@ def load_fashion_mnist() -> Collection:
 def load_stamps() -> Collection:
     """Load Tux Paint's stamps: photos and drawings on a white background, by category.
 
-    A category becomes a class if it has at least 12 images, so the Debian package has 13 classes. `*_mirror.png` files
-    are skipped, because mirrored copies would leak test images into the training split. The stamps are read from
-    `$SNELLA_STAMPS` or, if it is not set, from the Debian package's folder.
+    A category becomes a class if it has at least 12 images, so the Debian package yields 13 classes. `*_mirror.png`
+    files are skipped, because mirrored copies would leak test images into the training split. The stamps are read from
+    `$SNELLA_STAMPS` or, if it is not set, from the folder of the Debian package `tuxpaint-stamps-default`.
 
     Raises:
         FileNotFoundError: If the folder is missing.
@@ -132,7 +133,7 @@ def _missing_package(data: str, path: Path, package: str, variable: str) -> str:
     return f"data {data}: '{path}' does not exist; run `apt install {package}`, or set {variable} to its folder"
 
 
-_FOLDER = "/usr/share/mricron/templates"  # installed by the Debian package
+_MRI_FOLDER = "/usr/share/mricron/templates"  # of the Debian package
 _HEAD = "ch2.nii.gz"
 _BRAIN = "ch2bet.nii.gz"
 _ATLAS = "aal.nii.gz"
@@ -148,7 +149,7 @@ REGIONS: dict[str, tuple[str, ...]] = {
     "deep grey": ("Caudate", "Putamen", "Pallidum", "Thalamus"),
     "cerebellum": ("Cerebelum", "Vermis"),
 }
-"""Nine groups of the atlas's 116 regions, defined by name prefixes."""
+"""Nine groups of the 116 regions in the AAL atlas, defined by prefixes of the region names."""
 
 _CYCLE = (("train", 18), (None, 3), ("val", 5), (None, 3), ("test", 7), (None, 3))
 """Slabs that repeat from bottom to top, each as its split and its thickness in slices of 1 mm.
@@ -168,10 +169,10 @@ _SLAB_NOTE = (
 def load_mri() -> Collection:
     """Load axial MRI slices of a head with brain masks, 217×217 grayscale, 1 mm per pixel.
 
-    The volumes are read from `$SNELLA_MRI` or, if it is not set, from the Debian package's folder.
+    The volumes are read from `$SNELLA_MRI` or, if it is not set, from the folder of the Debian package `mricron-data`.
 
     Raises:
-        FileNotFoundError: If files are missing.
+        FileNotFoundError: If a file is missing.
         ValueError: If a volume is damaged, if its shape `[x, y, z]` differs from the head's, or if x > y or z < 155.
     """
     root = _root("mri")
@@ -188,10 +189,10 @@ def load_mri_lobes() -> Collection:
 
 
 def load_mri_regions() -> Collection:
-    """Load 64×64 mm patches of the slices, labeled by the group of brain regions at the center.
+    """Load 64×64 mm patches of the slices of `load_mri`, labeled by the group of brain regions at the center.
 
     The centers lie on a 10 mm grid in every third slice of a split. Patches are omitted unless the 3×3 pixels at the
-    center belong to one group. Raises the same errors as `load_mri`.
+    center belong to the same group. Raises the same errors as `load_mri`.
     """
     root = _root("mri-regions")
     head = _volume(root / _HEAD)
@@ -250,9 +251,9 @@ def _upright(volume: np.ndarray, z: int) -> np.ndarray:
 
 
 def _groups(root: Path) -> np.ndarray:
-    """Return the atlas with the numbers of groups, from 1, instead of regions. Voxels outside all groups are 0."""
+    """Return the atlas with group numbers (from 1) instead of region numbers. Voxels outside all groups are 0."""
     atlas = _volume(root / _ATLAS)
-    group_of_region = np.zeros(256, np.uint8)  # indexed by the atlas's numbers, which are uint8
+    group_of_region = np.zeros(256, np.uint8)  # indexed by the region numbers of the atlas, which are uint8
     for line in (root / _ATLAS_NAMES).read_text().splitlines():
         number, _, region = line.partition(" ")
         for group, prefixes in enumerate(REGIONS.values(), start=1):
@@ -263,7 +264,7 @@ def _groups(root: Path) -> np.ndarray:
 
 def _root(data: str) -> Path:
     """Return the folder of the volumes after checking its files and their shapes."""
-    root = Path(os.environ.get("SNELLA_MRI") or _FOLDER).expanduser()
+    root = Path(os.environ.get("SNELLA_MRI") or _MRI_FOLDER).expanduser()
     for name in (_HEAD, _BRAIN, _ATLAS, _ATLAS_NAMES):
         if not (root / name).is_file():
             raise FileNotFoundError(_missing_package(data, root / name, "mricron-data", "SNELLA_MRI"))
@@ -352,7 +353,7 @@ def _damaged(data: str, file: Path, error: Exception, package: str) -> str:
 
 
 def _package_folder(module: str, data: str, install: str) -> Path:
-    """Locate a package without importing it."""
+    """Return the folder of a package without importing the package."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"data {data} requires the package {module!r}, which is not installed; run `{install}`")

@@ -1,4 +1,4 @@
-"""Backbone weights that ship in Python packages, converted to timm once and then read from a cache."""
+"""Backbone weights that ship in Python packages, converted to timm's format once and then read from a cache."""
 
 import importlib.util
 import logging
@@ -22,7 +22,7 @@ from snella_app.backbones.create import NamedBackbone
 from snella_app.files import sha256_of, write_bytes
 
 _logger = logging.getLogger(__name__)
-_FORMAT = 1  # part of the name of a cached file; increment if the output of a converter changes
+_FORMAT = 1  # part of the name of a cached file; increment it if the output of a converter changes
 _DEPTH = 12
 _LAYER = "backbone.encoder.layer"
 
@@ -31,7 +31,7 @@ def convert_efficientnet_lite(path: Path) -> dict[str, Tensor]:
     """Rename weights to timm names by position, because both models have the same tensors in the same order.
 
     Args:
-        path: A `.pth` file with EfficientNet-PyTorch names (`_blocks.0._bn1.weight`).
+        path: A `.pth` file with EfficientNet-PyTorch names, e.g. `_blocks.0._bn1.weight`.
 
     Returns:
         State dict of `timm.create_model("tf_efficientnet_lite0")`, including the head with 1000 classes.
@@ -46,7 +46,7 @@ def convert_dinov2_onnx(path: Path) -> dict[str, Tensor]:
 
     In the graph, biases, norms and layer scales have names, but linear weights are anonymous and transposed. Each
     linear weight is therefore named after the bias of the `Add` that follows its `MatMul`. The position embeddings of
-    class token and patches are constant inputs of a `Concat` and a `Reshape`.
+    the class token and of the patches are constant inputs of a `Concat` and a `Reshape`, respectively.
 
     Args:
         path: An `.onnx` file.
@@ -120,15 +120,15 @@ def _position_constant(graph: Any, initializers: dict[str, Any], op_type: str) -
 
 @dataclass(frozen=True)
 class PackagedBackbone:
-    """Location of a backbone's weights in a package, and their conversion to timm.
+    """Location of a backbone's weights in a package, and their conversion to timm's format.
 
     Attributes:
         architecture: timm model name.
         module: Package that contains the file. It is never imported.
         file: Path inside the package.
-        sha256: Hash of the file, to detect other versions and damage.
+        sha256: Hash of the file, to detect different versions and damage.
         install: Installation command.
-        convert: Converts the file to a state dict with timm names, which includes a head only if the file has one.
+        convert: Function from the file to a state dict with timm names, which has a head only if the file has one.
     """
 
     architecture: str
@@ -169,8 +169,8 @@ def load_packaged(model: nn.Module, name: str) -> None:
         name: A key of `PACKAGED`.
 
     Raises:
-        ImportError: If the package is not installed, or `onnx` is missing for an ONNX file.
-        ValueError: If the file in the package is damaged or has another version.
+        ImportError: If the package is not installed or lacks the file, or `onnx` is missing for an ONNX file.
+        ValueError: If the file in the package is damaged or from a different version.
     """
     state = _cached_state(name)
     if "pos_embed" in state:
@@ -194,7 +194,7 @@ def _cached_state(name: str) -> dict[str, Tensor]:
     digest = sha256_of(source)
     if digest != packaged.sha256:
         raise ValueError(
-            f"'{source}' is damaged or has another version: its sha256 starts with {digest[:8]} instead of "
+            f"'{source}' is damaged or from a different version: its sha256 starts with {digest[:8]} instead of "
             f"{packaged.sha256[:8]}; run `{packaged.install} --force-reinstall`"
         )
     state = packaged.convert(source)
@@ -221,7 +221,7 @@ def _locate(name: str, packaged: PackagedBackbone) -> Path:
 
 
 def _named_backbone(name: str) -> NamedBackbone:
-    """Return the registration of a key of `PACKAGED`."""
+    """Return the registry entry for a key of `PACKAGED`."""
     return NamedBackbone(PACKAGED[name].architecture, partial(load_packaged, name=name))
 
 

@@ -31,7 +31,7 @@ class Cell:
         seed: Seed of the train/validation split, initialization, shuffling and augmentation.
         candidate: Learning-rate factor and weight decay.
         is_final: True for a final run, the only kind that is evaluated on test images.
-        search: Result of the hyperparameter search, which the row of a final run contains.
+        search: Result of the hyperparameter search, which is stored in the row of a final run.
         blocked_by: Why a final run cannot be trained: every candidate has a failed tuning run. None for other cells.
     """
 
@@ -89,7 +89,7 @@ class Cell:
 def tuned_settings(defaults: TrainConfig, candidate: Candidate) -> dict[str, float]:
     """Return `lr`, `head_lr` and `weight_decay` of a candidate, given the method's default settings.
 
-    The factor scales `lr`. It scales `head_lr` only for methods that train nothing but the head.
+    The candidate's factor scales `lr` and, for methods that train only the head, also `head_lr`.
     """
     optim = defaults.optim
     lr = optim.lr or 0.0
@@ -197,7 +197,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Run:
-    """Subset of the columns of a row, because complete rows of large comparisons would take too much memory."""
+    """Columns of a row that the plan needs, because complete rows of large comparisons take too much memory."""
 
     cell: str
     seed: int

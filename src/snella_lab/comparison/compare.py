@@ -1,7 +1,7 @@
 """Comparison driver.
 
 `compare` trains the missing runs of an experiment, then writes the tables and the HTML report. `choose_method` selects
-the method of a run by a small comparison. A cell is one run of a comparison, and its row contains its results.
+the method of a run with a small comparison. A cell is one run of a comparison, and its row contains its results.
 """
 
 import math
@@ -57,7 +57,7 @@ class CellsFailedError(RuntimeError):
 
 
 _POLL_S = 2.0
-"""Maximum time in seconds between two checks for runs that other processes finished and for the time limit."""
+"""Maximum time in seconds between checks of the time limit and of runs that other processes have finished."""
 
 
 def compare(
@@ -81,13 +81,14 @@ def compare(
         Path of the report. With `part`, the path of the folder; with `emit`, the path of the submission script.
 
     Raises:
-        FileExistsError: If `out` contains other files, or `emit_to` contains other scripts.
+        FileExistsError: If `out` contains files but no comparison, or `emit_to` contains other scripts with the
+            same names.
         FileNotFoundError: If `experiment` is None and `out` contains no comparison.
         ImportError: If `ray` is set and Ray is not installed.
         ConnectionError: If `ray` is set and the cluster at `RAY_ADDRESS` is unreachable.
         NotImplementedError: If `torchrun` or `accelerate` started several processes.
         TimeoutError: If `retry_failed` is set and another process is writing the results file.
-        ValueError: If settings conflict with each other, the stored experiment, the data or the Ray cluster.
+        ValueError: If settings conflict with each other, the stored experiment, the data, or the Ray cluster.
         CellsFailedError: If a final run failed, or a tuning run failed for a reason other than a diverged loss. The
             error is raised after the report is written, and never with `draw_only`, `part` or `emit`.
         TrainingInterrupted: On Ctrl-C or SIGTERM; finished runs remain stored.
@@ -162,7 +163,8 @@ def validate_inputs(experiment: Experiment, console: Console, checks_device: boo
     Pass `checks_device=False` if only the machines of a cluster have the device.
 
     Raises:
-        ValueError: If data, device or backbone are missing, invalid or not supported. The message lists all errors.
+        ValueError: If the data, the device, or the backbone is missing, invalid, or not supported. The message lists
+            all errors.
     """
     errors = []
     for data in experiment.data:
@@ -223,7 +225,7 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
 def _resolve_experiment(experiment: Experiment | None, root: Path) -> Experiment:
     """Return `experiment` merged with the one stored in the folder, or the only one of the two that exists.
 
-    Raises FileNotFoundError if neither exists, and FileExistsError if the folder contains other files.
+    Raises FileNotFoundError if neither exists, and FileExistsError if the folder contains files but no comparison.
     """
     stored = read_experiment(str(root / FILE)) if (root / FILE).is_file() else None
     if stored is None:
@@ -261,7 +263,7 @@ _CHOICE_SEEDS = 2
 _CHOICE_EPOCHS = 5
 _CHOICE_IMAGES = 400
 CHOICE_FOLDER = "-choice"
-"""Folder suffix of a run's method selection."""
+"""Suffix of the folder that stores a run's method selection."""
 _CHOICE_COSTS = ("accelerator_memory_max", "training_mib", "train_time")
 
 
@@ -270,9 +272,9 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
 
     The comparison trains linear, bias, lora-8 and snella-matched at their default `lr` with two seeds, for at most 5
     epochs on at most 400 training images, each run in a separate process. Test images are never used. Among the
-    methods within one standard error of the best, the one with the lowest memory use wins. The fastest one wins ties
-    (within 5%). The runs, including failed ones, are stored in `OUT-choice`. An interrupted selection resumes from
-    them. With `resume`, a run that has started keeps its method.
+    methods within one standard error of the best, the one with the lowest memory use wins. Ties in memory (within 5%)
+    go to the fastest method. The runs, including failed ones, are stored in `OUT-choice`. An interrupted selection
+    resumes from them. With `resume`, a run that has started keeps its method.
 
     Args:
         config: Settings of a new or resumed run, with method auto.
@@ -408,7 +410,7 @@ def _executor(root: Path, experiment: Experiment, execution: ExecutionConfig) ->
 
 
 def _train_all(root: Path, plan: Plan, rows: Iterable[CellRow], execution: ExecutionConfig, console: Console) -> None:
-    """Train runs until this and other processes have finished all of them."""
+    """Train runs until this process and others have finished all runs of the plan."""
     executor = _executor(root, plan.experiment, execution)
     running: dict[str, Cell] = {}
     limit = _RunLimit(root, executor, execution.limit_s)
@@ -482,7 +484,7 @@ class _RunLimit:
 def _interrupted_by_sigterm() -> Iterator[None]:
     """Treat SIGTERM, which schedulers send before ending a job, like Ctrl-C.
 
-    Has no effect outside the main thread, because Python allows signal handlers only there.
+    Has no effect outside the main thread, because Python can set signal handlers only there.
     """
     is_main = threading.current_thread() is threading.main_thread()
     previous = signal.getsignal(signal.SIGTERM)

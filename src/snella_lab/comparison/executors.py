@@ -62,7 +62,8 @@ class Executor(Protocol):
     def wait(self, timeout_s: float) -> list[Outcome]:
         """Wait until a cell ends or the timeout expires, and return the outcomes.
 
-        An outcome without row and error means that the cell must be started again or another process has claimed it.
+        An outcome with neither a row nor an error means that the cell must be started again or another process has
+        claimed it.
         """
 
     def stop(self, cell: Cell) -> None:
@@ -197,11 +198,11 @@ def _crash_reason(exit_code: int | None) -> str:
 
 
 class OnRay:
-    """Parallel execution on Ray, with one task and one worker process per cell.
+    """Parallel execution on Ray, with one Ray task and one worker process per cell.
 
     Connects to the cluster at `RAY_ADDRESS`, or starts a local one. The comparison's folder must have the same path on
-    all machines. If a cell loses its worker or machine, its outcome has neither row nor error, so that the caller
-    starts the cell again. The cell then resumes from its last checkpoint. The outcome after `MAX_RESTARTS` restarts is
+    all machines. If a cell loses its worker or machine, its outcome has neither a row nor an error, so that the caller
+    starts the cell again. The cell then resumes from its last checkpoint. After `MAX_RESTARTS` restarts, the outcome is
     an error.
 
     Args:
@@ -262,7 +263,7 @@ class OnRay:
         self._running[self._task.remote(self._job, cell)] = cell
 
     def wait(self, timeout_s: float) -> list[Outcome]:
-        """Wait until a cell ends or the timeout expires, and return its outcome."""
+        """Wait until a cell ends or the timeout expires, and return the outcome, if any."""
         if not self._running:
             time.sleep(timeout_s)
             return []
@@ -286,7 +287,7 @@ class OnRay:
     def _end(self, reference: Any) -> Outcome:
         """Return the outcome that a worker sent, or the reason for its crash.
 
-        The outcome contains neither row nor error if the cell must be started again.
+        The outcome contains neither a row nor an error if the cell must be started again.
         """
         cell = self._running.pop(reference)
         try:
@@ -345,7 +346,7 @@ def _connect(ray: Any, cpus: int | None) -> None:
 
 
 def _gpu_share(gpus: float, slots: int | None, experiment: Experiment) -> float:
-    """Return the GPUs per cell: an equal share per slot, at most one. Returns 0 for training on the CPU."""
+    """Return the GPUs per cell: an equal share per slot, at most one. Returns 0 if the training uses no GPU."""
     if not gpus or not str(experiment.settings.get("device", "auto")).startswith(("auto", "cuda")):
         return 0.0
     share = 1.0

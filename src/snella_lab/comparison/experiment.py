@@ -47,8 +47,8 @@ def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups:
     has_known_keys = set(published) <= {"source", "values", "orderings"} and len(published) > 1  # more than a source
     if not (has_known_keys and published.get("source") and isinstance(values, Mapping) and isinstance(claims, list)):
         return [
-            "published must contain 'source', a mapping 'values' or a list 'orderings' or both, and no other keys, got "
-            f"{dict(published)!r:.200}"
+            "published must contain 'source', plus a mapping 'values', a list 'orderings', or both, and no other keys, "
+            f"got {dict(published)!r:.200}"
         ]
     labels = list(tasks)
     errors = []
@@ -91,7 +91,7 @@ MEASURES: dict[str, dict[str, str]] = {
 maximum of 1."""
 _SCORES = {"loss", *(name for measures in MEASURES.values() for name in measures)}
 METHOD_SETTINGS = ("r", "target_sparsity", "scaling", "lr", "scalar_lr", "head_lr", "weight_decay")
-"""Settings of a method entry. The tuning grid scales `lr` (for head-only methods also `head_lr`) and tries other
+"""Settings of a method entry. The tuning grid scales `lr` (and, for head-only methods, `head_lr`) and tries additional
 values of `weight_decay`."""
 _SPARSE_SETTINGS = ("target_sparsity", "scalar_lr")
 DATA_SETTINGS = (
@@ -118,8 +118,8 @@ class MethodEntry:
     Args:
         name: Label in tables, from which the folder name is derived.
         method: Name for `build_method`, e.g. `lora-8`.
-        options: Other method options.
-        settings: Entries of `METHOD_SETTINGS`.
+        options: Additional method options.
+        settings: Values of settings in `METHOD_SETTINGS`, by name.
     """
 
     name: str
@@ -140,7 +140,7 @@ class DataEntry:
         name: Label in tables, from which the folder name is derived.
         data: Data specification, as in `snella train --data`.
         group: Task group, for the mean over groups.
-        settings: Entries of `DATA_SETTINGS`.
+        settings: Values of settings in `DATA_SETTINGS`, by name.
     """
 
     name: str
@@ -155,7 +155,7 @@ limit of 255 bytes."""
 
 
 def method_entry(value: Any) -> MethodEntry:
-    """Parse a method: a name, or a mapping with `method` and optional `name`, `options` and settings.
+    """Parse a method: a name, or a mapping with `method` and, optionally, `name`, `options` and settings.
 
     Raises:
         ValueError: If the value is neither a string nor a mapping, a key is unknown, `method` is missing, or `options`
@@ -170,7 +170,7 @@ def method_entry(value: Any) -> MethodEntry:
 
 
 def data_entry(value: Any) -> DataEntry:
-    """Parse a data entry: a data specification, or a mapping with `data` and optional `name`, `group` and settings.
+    """Parse a task: a data specification, or a mapping with `data` and, optionally, `name`, `group` and settings.
 
     Raises:
         ValueError: If the value is neither a string nor a mapping, a key is unknown, or `data` is missing.
@@ -181,10 +181,10 @@ def data_entry(value: Any) -> DataEntry:
 
 
 def _entry(value: Any, where: str, required: str, optional: Iterable[str]) -> dict[str, Any]:
-    """Parse a name, or a mapping with the key `required`.
+    """Parse a name, or a mapping that contains the key in `required`.
 
     Returns:
-        The mapping with the key `name`, which defaults to the value of `required`.
+        The mapping with the key `name`, which defaults to the value of the required key.
     """
     if isinstance(value, str):
         value = {required: value}
@@ -205,7 +205,7 @@ def plain_entry(entry: MethodEntry | DataEntry) -> dict[str, Any]:
 
 
 def folder_name(label: str) -> str:
-    """Convert a label to a folder name. If it exceeds `_MAX_NAME` characters, cut it and append a digest."""
+    """Convert a label to a folder name. A name of more than `_MAX_NAME` characters is cut and ends with a digest."""
     name = re.sub(r"[^A-Za-z0-9._+-]+", "_", label).strip("._") or "_"
     if len(name) <= _MAX_NAME:
         return name
@@ -248,7 +248,7 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
         method: The method, whose settings override the task's.
         data: The task, whose settings override the shared ones.
         shared: Entries of `SHARED_SETTINGS`.
-        **values: Other settings, which override all of the above.
+        **values: Additional settings, which override all of the above.
 
     Raises:
         ValueError: If `TrainConfig` rejects a setting.
@@ -268,7 +268,7 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
 
 
 _DESCRIPTIONS = ("name", "about", "command", "cost", "expected")
-"""Fields that describe the experiment and have no effect on the training."""
+"""Fields that describe the experiment and have no effect on training."""
 _ENTRIES = ("methods", "data")
 _MUTABLE = (*_ENTRIES, "seeds", *_DESCRIPTIONS, "reference", "published")
 """Fields that may differ from the stored experiment. Existing entries of `methods` and `data` must stay the same."""
@@ -310,11 +310,11 @@ class Experiment:
         seeds: Number of final runs per method and task, with seeds 0, 1, …
         grid: Tuning grid.
         settings: Settings shared by all runs, entries of `SHARED_SETTINGS`.
-        reference: Method that the others are compared with. None selects the first LoRA method, or the first method if
-            there is none.
+        reference: Label of the method that the others are compared with. None selects the first LoRA method, or the
+            first method if there is none.
         forgetting: Datasets for the linear probe that measures forgetting. Each task uses the first one that differs
-            from its own data. `()` disables the probe. None selects the data of the first two tasks (classification
-            only, without tasks that set `columns`), then `digits`.
+            from its own data. `()` disables the probe. None selects the data of the first two tasks (only for
+            classification, and except tasks that set `columns`), then `digits`.
         forgetting_images: Maximum number of images for the probe.
         about: Purpose of the comparison.
         command: Command that starts the comparison.
@@ -340,7 +340,7 @@ class Experiment:
     published: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Validate all settings that need neither data nor model, and report all errors together."""
+        """Validate all settings that need neither the data nor the model, and report all errors together."""
         errors = [*self._size_errors(), *entry_errors("methods", self.methods), *entry_errors("data", self.data)]
         names = [entry.name for entry in self.methods]
         if self.reference is not None and self.reference not in names:
@@ -467,7 +467,7 @@ class Experiment:
         """Merge with the experiment stored in `folder`.
 
         The result has the methods and tasks of both, the larger number of seeds, merged published numbers, the name and
-        descriptions of this experiment, and its reference if set.
+        descriptions of this experiment, and the reference of this experiment or, if it is None, the stored one.
 
         Raises:
             ValueError: If the experiments differ in a setting that affects finished cells.
@@ -493,8 +493,8 @@ class Experiment:
                     errors.append(f"{kind} entry {entry['name']!r} has different settings")
         if errors:
             raise ValueError(
-                f"{folder} contains a comparison with different settings: {'; '.join(errors)}; results are not "
-                f"comparable; choose another folder, use the stored settings, or delete {folder}"
+                f"{folder} contains a comparison with different settings: {'; '.join(errors)}; results would "
+                f"not be comparable; choose another folder, use the stored settings, or delete {folder}"
             )
         stored_methods = [entry.name for entry in stored.methods]
         stored_tasks = [entry.name for entry in stored.data]
@@ -511,7 +511,7 @@ class Experiment:
         )
 
     def _size_errors(self) -> list[str]:
-        """Return errors for numbers that are out of range and for an automatic batch size."""
+        """Return errors for empty lists, invalid numbers and an automatic batch size."""
         grid = self.grid
         errors = [
             f"{name} must be an integer of at least {minimum}, got {value!r}"
@@ -572,7 +572,8 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
 def _merge_published(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
     """Merge published numbers and orderings, where new numbers override stored ones.
 
-    A new source replaces all stored entries. If one of the arguments is empty, the other is returned unchanged.
+    If the sources differ, only the new entries are kept. If one of the arguments is empty, the other is returned
+    unchanged.
     """
     if not new or not stored or new.get("source") != stored.get("source"):
         return new or stored

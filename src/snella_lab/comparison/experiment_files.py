@@ -26,7 +26,7 @@ def bundled_experiments() -> dict[str, Path]:
 
 
 def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experiment:
-    """Read an experiment file. Without an entry `name`, the experiment gets the file name without its extension.
+    """Read an experiment file. If the file has no entry `name`, the experiment is named after the file.
 
     Args:
         name: Path of a YAML file, or name of a bundled experiment.
@@ -61,8 +61,8 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Merge changes into settings, one level deep.
 
     In `methods` and `data`, a string selects the existing entry with this label (or, for tasks, with this data). A
-    reference that is no longer among the methods is removed. If the changes select other tasks, only published numbers
-    and orderings that refer to one of these tasks are kept.
+    reference that is no longer among the methods is removed. If the changes select a different set of tasks, only
+    published numbers and orderings that refer to one of the selected tasks are kept.
     """
     methods = {entry.name: entry for entry in map(method_entry, as_list(values.get("methods") or []))}
     data = [data_entry(value) for value in as_list(values.get("data") or [])]
@@ -96,8 +96,8 @@ def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def _published_on(tasks: Collection[str], published: Any) -> Any:
     """Return the published results of `tasks`, without means and groups, which refer to the original tasks.
 
-    Returns an empty mapping if nothing remains. Other values than mappings are returned unchanged, because
-    `published_errors` reports them.
+    Returns an empty mapping if nothing remains. A value that is not a mapping is returned unchanged, because
+    `published_errors` reports it.
     """
     if not isinstance(published, Mapping):
         return published
@@ -119,17 +119,17 @@ def _published_on(tasks: Collection[str], published: Any) -> Any:
 
 
 _NONE = "none"
-"""Value of an option that stands for an empty list."""
+"""Option value that stands for an empty list."""
 
 
 def experiment_from_options(options: CompareOptions) -> Experiment | None:
     """Build an experiment from command-line options, based on a file or the experiment in the output folder, if any.
 
     Returns:
-        The experiment. None if no option of the experiment is set, where `out` and the execution options do not count.
+        The experiment, or None if no option other than `out` and the execution options is set.
 
     Raises:
-        FileNotFoundError: If the experiment does not exist.
+        FileNotFoundError: If `experiment` is neither a file nor a bundled experiment.
         ValueError: If a setting is missing, unknown, out of range or not a number.
     """
     values = {name: value for name, value in options.flat().items() if value is not None}

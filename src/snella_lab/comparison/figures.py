@@ -88,11 +88,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def learning_rate_curves(summary: Summary, tasks: Sequence[str], title: str) -> Figure | None:
-    """Plot the main metric on validation versus learning rate, one line per method, averaged over `tasks`.
+    """Plot the validation score versus the learning rate, one line per method, averaged over `tasks`.
 
     Learning rates are relative to each method's default, so that all methods share an axis. A filled marker shows the
-    selected learning rate or, for several tasks, the best one. Crosses at the bottom mark learning rates with a failed
-    run. Returns None if no method has tried several learning rates on all `tasks`.
+    selected learning rate or, if there is none (several tasks, or no final runs), the best one. Crosses at the bottom
+    mark learning rates with a failed run. Returns None if no method has tried several learning rates on all `tasks`.
     """
     curves = [(number, m.name, _mean_curve(summary, m.name, tasks)) for number, m in enumerate(summary.methods)]
     curves = [curve for curve in curves if len(curve[2]) > 1]
@@ -141,14 +141,17 @@ def _draw_curve(
 
 
 def _mean_curve(summary: Summary, method: str, tasks: Sequence[str]) -> list[tuple[float, float | None]]:
-    """Average the curves of several tasks at their common factors. The mean is None if a run on one of them failed."""
+    """Average the curves of several tasks at their common factors.
+
+    The mean at a factor is None if a run on one of the tasks failed.
+    """
     curves = [dict(lr_curve(summary.trials.get((method, task), ()))) for task in tasks]
     common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     return [(factor, complete_mean([curve[factor] for curve in curves])) for factor in common]
 
 
 def lr_curve(trials: Rows) -> list[tuple[float, float | None]]:
-    """Return the mean validation score at the default weight decay by learning-rate factor.
+    """Return the mean validation score for each learning-rate factor, at the default weight decay.
 
     `trials` are the tuning runs of one method on one task. The mean is None if a run with this factor failed.
     """
@@ -162,7 +165,8 @@ def lr_curve(trials: Rows) -> list[tuple[float, float | None]]:
 def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | None:
     """Plot the paired differences from the reference with their intervals, over all tasks and optionally by task.
 
-    Figures narrower than 600 pixels shorten names to fewer characters. Returns None if there are no differences.
+    Figures narrower than 600 pixels shorten names to fewer characters. Returns None if no method can be
+    compared with the reference.
     """
     longest = 30 if width >= 600 else 16
     lines: list[tuple[str, Any, bool]] = []
@@ -203,8 +207,9 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
     if width < 600:
         axes.xaxis.set_major_locator(MaxNLocator(5))
     if summary.is_fraction:
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _points(v)))
-    axes.set_xlabel(f"{'points of' if summary.is_fraction else 'difference in'} test {summary.measure}")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _percentage_points(v)))
+    unit = " (percentage points)" if summary.is_fraction else ""
+    axes.set_xlabel(f"difference in test {summary.measure}{unit}")
     return figure
 
 
@@ -219,8 +224,8 @@ def _factor_axis(axes: Axes, factors: Sequence[float]) -> None:
     axes.set_xlabel("learning rate relative to the method's default")
 
 
-def _points(fraction: float) -> str:
-    """Format a difference of fractions in points: 0, +2."""
+def _percentage_points(fraction: float) -> str:
+    """Format a difference of fractions in percentage points: 0, +2."""
     points = round(100 * fraction, 3)
     return "0" if points == 0 else f"{points:+g}".replace("-", "\N{MINUS SIGN}")
 
@@ -228,6 +233,6 @@ def _points(fraction: float) -> str:
 def _short(value: float) -> str:
     """Format a number with three significant digits: 768, 1.33 M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= 0.9995 * size:  # rounds to three digits of this unit
+        if value >= 0.9995 * size:  # with three digits, larger values round to at least 1 of this unit
             return f"{value / size:.3g} {unit}"
     return f"{value:.3g}"

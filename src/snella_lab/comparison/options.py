@@ -16,7 +16,7 @@ class ExecutionConfig(Config):
         workers: Number of parallel runs, one process each; 0 runs everything in the current process. With ray, 0 and 1
             use the whole cluster.
         threads: Threads per worker; defaults to an equal share of the CPUs, or to 1 with ray or emit. Ignored with
-            workers 0.
+            workers 0 unless ray or emit is set.
         ray: Run on Ray, on the cluster at RAY_ADDRESS or on this machine.
         gpus: GPUs per run on Ray, e.g. 0.25; defaults to an equal share of the cluster's GPUs, at most 1.
         run_limit: Maximum minutes per run; a longer or hanging run is stopped and counts as failed. Default: no limit.
@@ -42,7 +42,7 @@ class ExecutionConfig(Config):
     def part_and_count(self) -> tuple[int, int] | None:
         """Index of the part, counted from 0, and number of parts.
 
-        The value is None if `part` is not set or malformed.
+        The value is None if `part` is not set or is malformed.
         """
         numbers = (self.part or "").split("/")
         is_valid = len(numbers) == 2 and all(map(str.isdecimal, numbers))
@@ -118,7 +118,7 @@ class CompareOptions(Config):
         *("epochs", "batch_size", "img_size", "train_size", "val_size", "test_size", "augment", "head_init", "ema"),
         *("columns", "channels", "skip_corrupt", "weights", "pretrained", "device", "precision"),
     )
-    """Settings of `TrainConfig` that are also options of compare, where `workers` is the number of parallel runs."""
+    """Settings of `TrainConfig` that are also options of compare. `workers` is excluded: it counts parallel runs."""
 
     out: str
     experiment: str | None = None
@@ -153,7 +153,7 @@ class CompareOptions(Config):
 
     @classmethod
     def from_flat(cls, **settings: Any) -> Self:
-        """Create the settings from options, without the shared settings that are None."""
+        """Create the settings from options, omitting shared settings that are None."""
         train: dict[str, Any] = {}
         for name in cls.shared:
             value = settings.pop(name, None)

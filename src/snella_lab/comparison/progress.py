@@ -16,7 +16,7 @@ from snella_lab.comparison.rows import CellRow
 class ComparisonProgress:
     """Console progress of a comparison: one line per run and, on a terminal, a progress bar.
 
-    `rows` are those of finished runs, whose durations are used to estimate the remaining time.
+    `rows` contains the rows of finished runs, whose durations are used to estimate the remaining time.
     """
 
     def __init__(self, console: Console, plan: Plan, rows: Iterable[CellRow]) -> None:
@@ -80,13 +80,16 @@ class ComparisonProgress:
         self._refresh()
 
     def waiting(self, count: int) -> None:
-        """Print that other processes have claimed all `count` runs that could start, once until the next run starts."""
+        """Print that other processes have claimed all `count` runs that could start.
+
+        Repeated calls print nothing until this process starts a run.
+        """
         if not self._is_waiting:
             print_line(self._console, f"waiting for {counted(count, 'run')} in other processes")
         self._is_waiting = True
 
     def _refresh(self) -> None:
-        """Show the numbers of finished and remaining runs and the names of running ones in the bar."""
+        """Show the number of finished runs, the total number, and the names of running ones in the bar."""
         left = self._plan.left
         done = self._plan.done
         self._bar.update(self._task, completed=done, total=done + left, description=" | ".join(self._running) or "runs")
@@ -101,9 +104,9 @@ class ComparisonProgress:
     def _remaining_s(self) -> float:
         """Estimate the total time of the remaining runs.
 
-        Each run is expected to take the mean over the finished runs of its task and method. If there are none, the mean
-        over its task or else over all runs is used. The estimate visits all pairs of task and method, so it is updated
-        at most once per second.
+        Each run is expected to take the mean time of the successful runs of its task and method. If there are none, the
+        mean over its task or else over all runs is used. The estimate visits all unfinished pairs of task and method,
+        so it is updated at most once per second.
         """
         if time.monotonic() - self._estimated_at > 1:
             self._estimated_at = time.monotonic()

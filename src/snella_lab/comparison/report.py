@@ -1,4 +1,4 @@
-"""Comparison reports: a self-contained HTML page, Markdown tables, and comparisons with the paper."""
+"""Comparison reports: a self-contained HTML page, Markdown tables, and comparisons with numbers in a paper."""
 
 import itertools
 import math
@@ -63,7 +63,7 @@ class PaperComparison:
 
     @property
     def texts(self) -> tuple[str, str, str, str, str]:
-        """Method, column, reported result, measured result and difference in points as strings."""
+        """Method, column, reported and measured result, and difference in percentage points, as strings."""
         if self.measured is None:
             return self.method, self.column, f"{self.reported:.1f}", "–", "–"
         difference = points_text((self.measured - self.reported) / 100)
@@ -92,7 +92,7 @@ class OrderingResult:
         verdict: `holds` or `contradicted` for a significant difference, else `inconclusive` or `not run`.
         difference: Paired difference with Holm's correction over the claims. None if there are no runs to compare.
         is_fraction: True if the metric is formatted in percent, such as accuracy.
-        tasks: Number of tasks of the claim. The verdict is `inconclusive` until runs of all of them exist.
+        tasks: Number of tasks of the claim. If only some of them have paired runs, the verdict is `inconclusive`.
     """
 
     claim: str
@@ -155,7 +155,7 @@ def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
 
 
 def print_paper(console: Console, summary: Summary) -> None:
-    """Print the paper's numbers and orderings with the measured results, if the experiment has any."""
+    """Print the paper's numbers and orderings, if the experiment has any, with the measured results."""
     source = summary.experiment.published.get("source", "")
     numbers = [pair.texts for pair in paper_comparison(summary)]
     claims = [result.texts for result in paper_orderings(summary.experiment, summary.rows)]
@@ -248,12 +248,12 @@ FILE = "comparison.html"
 _NARROW = 310  # figure width in pixels on a phone
 MAX_TASK_FIGURES = 24
 """Maximum number of tasks for which the page contains figures of single tasks. Tables contain all tasks."""
-_SELECTED_EPOCH = {
-    "standard": "once on the test images, with the model selected on validation",
+_TEST_EVALUATION = {
+    "standard": "once on the test images, with the model selected on the validation images",
     "final": "once on the test images, after the last epoch of training on training and validation images",
     "official": "on the test images at several epochs; its result is the best of them",
 }
-"""Test evaluation of final runs by protocol, as the end of a sentence in the page."""
+"""Evaluation of final runs by protocol, as the end of a sentence on the page."""
 
 
 def write_page(root: Path, summary: Summary) -> Path:
@@ -279,7 +279,9 @@ def write_page(root: Path, summary: Summary) -> Path:
     task_forest = Markup("")
     if 1 < len(summary.tasks) <= MAX_TASK_FIGURES:
         task_forest = _forest(summary, with_tasks=True)
-    shown_range = f"{100 * figures.SHOWN_RANGE:g} points" if summary.is_fraction else f"{figures.SHOWN_RANGE:g}"
+    shown_range = f"{figures.SHOWN_RANGE:g}"
+    if summary.is_fraction:
+        shown_range = f"{100 * figures.SHOWN_RANGE:g} percentage points"
     context = {
         "experiment": experiment,
         "title": title,
@@ -287,7 +289,7 @@ def write_page(root: Path, summary: Summary) -> Path:
         "tables": tables,
         "published": [row.texts for row in paper_comparison(summary)],
         "orderings": [result.texts for result in paper_orderings(experiment, rows)],
-        "evaluated_epoch": _SELECTED_EPOCH[protocol],
+        "evaluated_epoch": _TEST_EVALUATION[protocol],
         "warning": get_protocol(protocol).warning,
         "costs": _costs(summary),
         "pareto": _pareto(summary),
@@ -316,7 +318,7 @@ def write_page(root: Path, summary: Summary) -> Path:
 
 
 def _headline(summary: Summary) -> dict[str, Any] | None:
-    """Return the recommended and the best method with their scores, or None without results."""
+    """Return the recommended and the best method with their scores, or None if no method has results on all tasks."""
     means = summary.means
     if not means:
         return None
@@ -406,7 +408,7 @@ def _forest(summary: Summary, *, with_tasks: bool) -> Markup:
 
 
 def _learning_rate_figures(summary: Summary) -> list[Markup]:
-    """Plot the metric versus learning rate: the mean over tasks, then each task."""
+    """Plot the validation metric versus the learning rate: the mean over tasks, then each task."""
     tasks = summary.tasks or sorted({row.task_name for row in summary.rows})
     groups = [("Mean over tasks", tasks)] if len(tasks) > 1 else []
     if len(tasks) <= MAX_TASK_FIGURES:

@@ -49,7 +49,7 @@ class CellResults:
     """Results of a finished comparison run. Values that were not measured are None.
 
     Attributes:
-        trained_as: Tuning run that this run reuses.
+        trained_as: Name of the tuning run that this run reuses.
         peft_config: PEFT configuration of the adapter. None for methods outside PEFT.
         adapted_weights: Number of weights in the adapted matrices, for SNELLA variants.
         kept_weights: Budget of the adapter, which is the number of adapted weights that may change.
@@ -62,7 +62,7 @@ class CellResults:
         split: SHA-256 of the classes, and of the names and labels in each split.
         changed_weights: Number of changed backbone values, for final runs of methods that can be merged.
         peak_rss_mib: Peak memory of the process, if the run had a separate process.
-        training_mib: Peak memory excluding loaded libraries.
+        training_mib: Growth of the process memory up to the peak, which excludes libraries loaded before the run.
         forgetting: Accuracy that a linear probe loses on other data, as a fraction, for final runs.
     """
 
@@ -107,8 +107,8 @@ NUMBERS = tuple(entry.name for entry in fields(CellResults) if entry.type in ("i
 class CellRow(Record):
     """One run of a comparison: `cell.json` in its folder, and a line of `results.jsonl`.
 
-    The file stores results as top-level columns. Rows of failed runs have none. Settings, versions and machine use the
-    names of PEFT's method comparison.
+    Both files store results as top-level columns. Rows of failed runs have no results. Settings, versions and machine
+    use the names of PEFT's method comparison.
 
     Attributes:
         cell: Path of the run folder below `cells/`.
@@ -174,7 +174,7 @@ class CellRow(Record):
 
     @classmethod
     def decoded(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Group the columns of a finished run into results and the scores of each split.
+        """Group the columns of a successful run into results, with the scores of each split.
 
         The row of a failed run has no results and is returned unchanged.
         """

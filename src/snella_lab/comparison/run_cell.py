@@ -1,4 +1,8 @@
-"""Train and evaluate one cell of a comparison: a tuning or final run of a method on a task."""
+"""Train and evaluate one cell of a comparison: a tuning or final run of a method on a task.
+
+Tuning runs select hyperparameters, and final runs are evaluated on test images. The settings and results of a cell are
+stored as a row.
+"""
 
 import hashlib
 import json
@@ -54,12 +58,12 @@ from snella_lab.comparison.store import LOCKS, append_row, cell_lock, read_row, 
 from snella_lab.provenance import git_state, package_info, system_info, timestamp
 
 LOGS = "logs"
-"""Folder with the log of each cell."""
+"""Name of the folder with one log per cell."""
 _MAX_FOLDS = 5
 """Maximum number of cross-validation folds of a linear probe."""
 _PROBE_BATCH_SIZE = 32
 _MAX_NAME_BYTES = 200
-"""Maximum length of a file name without suffix in the cache of frozen features; file systems allow 255 bytes in all."""
+"""Maximum length of a file name in the cache of probe accuracies, without the suffix; file systems allow 255 bytes."""
 _MAX_ERROR_LENGTH = 400
 """Maximum length of an error message in a row, in characters."""
 
@@ -67,7 +71,7 @@ _MAX_ERROR_LENGTH = 400
 def count_changed_weights(run: Path) -> int | None:
     """Count the weights outside the head that a run changed, after merging its update into the backbone.
 
-    Returns None if the method cannot be merged.
+    Returns None if the update cannot be merged.
     """
     loaded = load_run(run, device="cpu")
     head = spec_of(loaded.model).head
@@ -89,24 +93,24 @@ def count_differences(model: nn.Module, other: nn.Module, head: str) -> int:
 
 
 def measure_forgetting(run: Path, data: str, max_images: int, cache: Path, device: str = "auto") -> dict[str, Any]:
-    """Measure how much accuracy a linear probe on other data loses because of a run.
+    """Measure how much a run reduces the accuracy of a linear probe on different data.
 
-    One probe uses the features of the trained model, the other those of the frozen backbone. The accuracy of frozen
-    features is cached by backbone, data, preprocessing and `max_images`.
+    One probe uses the features of the trained model, the other those of the frozen backbone. The accuracy of the latter
+    probe is cached by backbone, data, preprocessing, and `max_images`.
 
     Args:
         run: Folder of the run.
-        data: Data specification of the probe, different from the data of the run.
-        max_images: Maximum number of images of the probe.
-        cache: Folder of the cached accuracies; created if missing.
-        device: Device that computes the features, as in `load_run`.
+        data: Data specification for the probe, which should differ from the run's.
+        max_images: Maximum number of images for the probe.
+        cache: Folder for the cached accuracies; created if missing.
+        device: Device on which the features are computed, as in `load_run`.
 
     Returns:
         The `CellResults` fields `forgetting` (a fraction, negative if the adapted features are better),
-        `forgetting_data`, `probe_accuracy_frozen` and `probe_accuracy_adapted`.
+        `forgetting_data`, `probe_accuracy_frozen`, and `probe_accuracy_adapted`.
 
     Raises:
-        Exception: Errors of `load_run` and `probe_images`.
+        Exception: Any error that `load_run` or `probe_images` raises.
     """
     loaded = load_run(run, device)
     parts, labels = probe_images(data, max_images)
@@ -131,13 +135,13 @@ def measure_forgetting(run: Path, data: str, max_images: int, cache: Path, devic
 
 
 def _cache_name(info: RunInfo, data: str, max_images: int) -> str:
-    """Return the file name of the cached accuracy of frozen features."""
+    """Return the file name for the cached accuracy of the frozen backbone's probe."""
     backbone = info.backbone
-    # the digest distinguishes data whose names are equal after the replacement of characters below
+    # the digest covers the preprocessing, and distinguishes names that the replacement of characters below makes equal
     hashed = json.dumps([data, info.data_config], sort_keys=True)
     digest = hashlib.sha256(hashed.encode()).hexdigest()[:8]
     name = "_".join(str(part) for part in (backbone.name, backbone.img_size, data, max_images, digest))
-    if backbone.pretrained is False:  # not None; only the features of randomly initialized weights depend on the seed
+    if backbone.pretrained is False:  # None means pre-trained; only the features of random weights depend on the seed
         name += f"_{backbone.seed}"
     characters = [character if character.isalnum() or character in "._-" else "-" for character in name]
     name = "".join(characters)
@@ -150,7 +154,7 @@ def _cache_name(info: RunInfo, data: str, max_images: int) -> str:
 def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int) -> NDArray[np.float32]:
     """Apply a model from `build_method` to images and return the inputs of its head.
 
-    The model is set to evaluation mode and stays in it.
+    The model is switched to evaluation mode and stays in it.
 
     Returns:
         `[images, width]`, in the order of `parts`.
@@ -171,13 +175,13 @@ def probe_accuracy(features: NDArray[np.float32], labels: NDArray[np.int64]) -> 
 
     Args:
         features: Features, `[images, width]`.
-        labels: Class indices, `[images]`, at least two images per class.
+        labels: Class indices, `[images]`, with at least two images per class.
     """
     class_sizes = np.bincount(labels)[np.unique(labels)]
     folds = min(_MAX_FOLDS, int(class_sizes.min()))
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # comparing accuracies does not need full convergence
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a comparison of accuracies does not need full convergence
         split = StratifiedKFold(folds, shuffle=True, random_state=0)
         predicted = cross_val_predict(probe, features, labels, cv=split)
     return float((predicted == labels).mean())
@@ -189,8 +193,9 @@ def probe_images(data: str, max_images: int) -> tuple[list[ImageDataset], NDArra
     Raises:
         FileNotFoundError: If the data does not exist.
         ImportError: If a package that the data needs is not installed.
-        ValueError: If the data is invalid, the sample has only one image of a class, or `max_images` is less than the
-            number of classes.
+        ConnectionError: If a dataset on the Hub is not cached and the Hub is unreachable.
+        ValueError: If the data is invalid, the sample has only one image of a class, or a sample of `max_images` is too
+            small for one image of each class.
     """
     splits = load_data(data)
     parts = [splits.train] if splits.val is None else [splits.train, splits.val]
@@ -208,8 +213,8 @@ def probe_images(data: str, max_images: int) -> tuple[list[ImageDataset], NDArra
     singletons = [name for name, count in zip(splits.classes, counts, strict=True) if count == 1]
     if singletons:
         raise ValueError(
-            f"forgetting on {data!r} requires two images per class, but the sample has only one image of each of: "
-            f"{', '.join(singletons)}; increase forgetting_images ({max_images}) or choose other data"
+            f"forgetting on {data!r} requires two images per class, but the sample has only one image of each of these "
+            f"classes: {', '.join(singletons)}; increase forgetting_images ({max_images}) or choose different data"
         )
     return parts, targets
 
@@ -290,7 +295,7 @@ def read_results(folder: Path) -> CellResults:
 
 
 def _scores(scores: SplitScores | None) -> dict[str, float | None]:
-    """Return the scores of one split by name; `accuracy`, `balanced_accuracy` and `loss` are None if not measured."""
+    """Return the scores of one split by name; `accuracy`, `balanced_accuracy`, and `loss` are None if not measured."""
     names = ["accuracy", "balanced_accuracy", "loss"]
     for measures in MEASURES.values():
         names += [name for name in measures if hasattr(scores, name)]
@@ -298,21 +303,21 @@ def _scores(scores: SplitScores | None) -> dict[str, float | None]:
 
 
 def reuse_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> CellRow | None:
-    """Reuse the tuning run with the candidate and seed of `cell` as its final run.
+    """Reuse the tuning run with the candidate and seed of the final run `cell`, instead of training again.
 
     The tuning run is copied to `folder` and evaluated on the test images.
 
     Returns:
         Row of the tuning run. None if `cell` is itself a tuning run, or if the tuning run cannot be reused: it failed,
-        its row or adapter is missing, or its settings, package versions, commit, machine or number of threads differ
+        its row or adapter is missing, or its settings, package versions, commit, machine, or number of threads differ
         from the current ones.
     """
     if not cell.is_final:
         return None
     tuning_cell = replace(cell, is_final=False, search=None)
-    placeholder = "-"  # the same folder for both runs, so that only other settings are compared
+    placeholder = "-"  # the same folder for both runs, so that their folders do not count as a difference
     if cell.config(experiment, placeholder) != tuning_cell.config(experiment, placeholder):
-        return None  # with protocol `final`, only the final run also trains on the validation images
+        return None  # with protocol `final`, final runs train on the validation images as well, but tuning runs do not
     tuning_run = RunFolder(tuning_cell.folder(root))
     row = read_row(tuning_run.path)
     if row is None or row.status != "success" or not tuning_run.adapter.is_dir():
@@ -331,9 +336,9 @@ def reuse_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Pat
 
 
 def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
-    """Delete the adapters of the tuning runs with the method, task and seed of a finished cell.
+    """Delete the adapters of the tuning runs with the method, task, and seed of a finished cell.
 
-    The adapters of the best tuning runs are kept until the final run of the seed is finished, because it may reuse one.
+    The best tuning runs keep their adapters until the final run with this seed is finished, because it may reuse one.
     """
     tuning_folder = replace(cell, is_final=False).folder(root).parent
     ranks: dict[Path, tuple[float, float]] = {}  # higher is better
@@ -350,12 +355,12 @@ def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a cell: a row, an error, or neither if the cell must be started again or another process claimed it.
+    """Outcome of a cell: a row, an error, or neither if the cell must be restarted or another process has claimed it.
 
     Args:
         cell: Cell that was started.
         row: Row of the cell, which may record a failed training run.
-        is_local: False if the cell was not trained, because its row already exists or another process claimed it.
+        is_local: False if this call did not train the cell, because its row exists or another process has claimed it.
         error: Error outside training, e.g. a crash of the process.
     """
 
@@ -370,14 +375,14 @@ def run_cell(
 ) -> Outcome:
     """Train a cell and store its row, unless it is finished or claimed by another process.
 
-    An interrupted attempt resumes from its checkpoint. Without a checkpoint, the files of the attempt are deleted
-    first. A failed run is stored as a row with its error.
+    An interrupted attempt resumes from its checkpoint, if that is intact and has the same settings and package
+    versions. Otherwise, the files of the attempt are deleted first. A failed run is stored as a row with its error.
 
     Args:
         root: Folder of the comparison.
         experiment: The experiment.
         cell: Cell to train.
-        is_dedicated: Whether this process trains no other cell. If True, the row contains its peak memory.
+        is_dedicated: Whether this process trains no other cell. If True, the row contains the process's peak memory.
         keep_checkpoints: Save a checkpoint after each epoch, for preemptible machines. SIGTERM and Ctrl-C always save
             one.
 
@@ -468,7 +473,7 @@ def _train_cell(root: Path, experiment: Experiment, cell: Cell, is_dedicated: bo
             return CellRow(**header, status="failed", error=_error_text(error), total_time=round(total_s, 3))
     earlier_s = resumed_s or 0.0
     if tuning_row is not None:
-        earlier_s = tuning_row.total_time  # it includes the reused training
+        earlier_s = tuning_row.total_time  # includes the reused training
     total_s = time.monotonic() - start + earlier_s
     return CellRow(**header, status="success", total_time=round(total_s, 3), results=results)
 
@@ -494,11 +499,11 @@ def _resumable_s(folder: Path, config: TrainConfig) -> float | None:
         progress = json.loads((checkpoint / "progress.json").read_text())
         return float(progress["elapsed_s"])
     except (OSError, ValueError, LookupError, TypeError, PackageNotFoundError):
-        return None  # the attempt has damaged files, or one of its packages is no longer installed
+        return None  # a file of the attempt is damaged, or one of its packages is no longer installed
 
 
 def _check_score(experiment: Experiment, cell: Cell, results: CellResults) -> None:
-    """Check that a final run has a test score, and that the test or validation score used for comparison is finite."""
+    """Check that a final run has a test score, and that the score used for comparison, if any, is finite."""
     if cell.is_final:
         split = "test"
         scores = results.test
@@ -517,7 +522,7 @@ def _measure_final_run(root: Path, experiment: Experiment, cell: Cell, config: T
     """Return the `CellResults` fields that only final runs have: the number of changed weights, and forgetting."""
     folder = cell.folder(root)
     measured: dict[str, Any] = {"changed_weights": count_changed_weights(folder)}
-    if config.data.channels == 3:  # probe images are read in RGB, so models of other channels cannot be measured
+    if config.data.channels == 3:  # probe images are RGB; forgetting is not measured for other numbers of channels
         probe_data = experiment.probe_data(cell.data)
         if probe_data is not None:
             cache = root / "frozen"
@@ -527,7 +532,7 @@ def _measure_final_run(root: Path, experiment: Experiment, cell: Cell, config: T
 
 
 def _error_text(error: Exception) -> str:
-    """Return the type and message of an error in one line, shortened for a row; the log contains the full text."""
+    """Return the type and message of an error as one line, shortened for a row; the log contains the full text."""
     text = " ".join(str(error).split())
     if len(text) > _MAX_ERROR_LENGTH:
         text = text[:_MAX_ERROR_LENGTH] + " …"

@@ -1,7 +1,8 @@
-"""Hyperparameter search: learning rate and weight decay, tuned on the validation set.
+"""Hyperparameter search for the learning rate and the weight decay, on the validation set.
 
 The search tunes the learning rate at the method's default weight decay, then the weight decay at the best learning
-rate. The grid grows while the best value is on its edge. The search depends only on the results so far, so it can
+rate. While the best value is on the edge of the grid (for the weight decay, the upper edge), the grid is extended, at
+most `Grid.max_extensions` times per hyperparameter. The next step depends only on the results so far, so the search can
 resume after any interruption, on any machine.
 """
 
@@ -17,7 +18,7 @@ from snella_lab.comparison.statistics import complete_mean
 
 @dataclass(frozen=True, order=True)
 class Candidate:
-    """A point of the grid.
+    """A point on the grid.
 
     Args:
         lr_factor: Factor on the method's default learning rate.
@@ -62,9 +63,9 @@ class Choice:
 
     Args:
         candidate: The best candidate. None if every candidate has a failed tuning run.
-        tried: All candidates: the learning rates, then the weight decays.
-        lr_on_edge: True if the best learning rate is the smallest or largest of several tried.
-        weight_decay_on_edge: True if the best weight decay is the largest one tried. A best value of 0 does not count.
+        tried: All candidates that were tried: the learning rates, then the weight decays.
+        lr_on_edge: True if the best learning rate is the smallest or largest of several that were tried.
+        weight_decay_on_edge: True if the best weight decay is positive and the largest of several that were tried.
     """
 
     candidate: Candidate | None
@@ -73,9 +74,9 @@ class Choice:
     weight_decay_on_edge: bool
 
     def record(self, results: Results, tuned_settings: Callable[[Candidate], Mapping[str, Any]]) -> SearchChoice:
-        """Convert the choice and its tuning results to the entry `search` of a row.
+        """Convert the choice and the tuning results to the entry `search` of a row.
 
-        `tuned_settings` returns the `lr`, the `head_lr` and the `weight_decay` of a candidate.
+        `tuned_settings` returns the `lr`, the `head_lr`, and the `weight_decay` of a candidate.
         """
         trials = []
         for candidate in self.tried:
@@ -100,9 +101,9 @@ class Choice:
 
 
 def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) -> list[Candidate] | Choice:
-    """Return the candidates to train next or, once all of them are finished, the final choice.
+    """Return the candidates that need tuning runs next, or the final choice if none do.
 
-    The choice is returned at once if the grid has a single candidate, which needs no tuning run.
+    If the grid has a single candidate, the choice is returned at once, because no tuning run is needed.
     """
     factors = sorted(set(grid.lr_factors))
     decays = sorted({decay for decay in grid.weight_decays if decay != default_weight_decay})
@@ -140,7 +141,7 @@ def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) 
 
 
 def _missing(candidates: Sequence[Candidate], grid: Grid, results: Results) -> list[Candidate]:
-    """Return the candidates that have fewer tuning runs than `grid.seeds`."""
+    """Return the candidates that have fewer than `grid.seeds` tuning runs."""
     return [candidate for candidate in candidates if len(results.get(candidate, ())) < grid.seeds]
 
 
@@ -160,7 +161,8 @@ def _best(candidates: Sequence[Candidate], results: Results) -> Candidate | None
 def _extension(factors: Sequence[float], best: float) -> float | None:
     """Return the next factor beyond the edge of the grid, or None if the best factor is not on an edge.
 
-    The extension repeats the ratio over two steps: 1, 3, 10 is followed by 30.
+    The extension repeats the ratio over two steps: 1, 3, 10 is followed by 30. With two factors, it repeats their
+    ratio. A single factor is not extended.
     """
     if len(factors) < 2 or best not in (factors[0], factors[-1]):
         return None
@@ -168,7 +170,7 @@ def _extension(factors: Sequence[float], best: float) -> float | None:
     extension = edge * neighbor / others[0] if others else edge * edge / neighbor
     rounded = _rounded(extension)
     is_beyond = rounded > edge if extension > edge else rounded < edge
-    return rounded if is_beyond else extension  # rounding may return to the grid if its steps are small
+    return rounded if is_beyond else extension  # rounding may lead back onto the grid if its steps are small
 
 
 def _rounded(value: float) -> float:

@@ -10,7 +10,7 @@ from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.options import ExecutionConfig
 
 MAX_PARTS = 1000
-"""Maximum number of array indices, because Slurm's default for MaxArraySize is 1001."""
+"""Maximum number of array indices. Slurm's default for MaxArraySize is 1001."""
 
 _TRAIN = """#!/bin/bash
 #SBATCH --job-name={name}
@@ -45,14 +45,15 @@ sbatch "$@" --dependency="afterany:${{job%%;*}}" {report}
 
 
 def write_slurm_scripts(root: Path, experiment: Experiment, execution: ExecutionConfig) -> Path:
-    """Write `train.sh` (an array job), `report.sh` and `submit.sh`, and return the path of `submit.sh`.
+    """Write `train.sh` (an array job), `report.sh`, and `submit.sh`, and return the path of `submit.sh`.
 
-    Each array index trains one of the experiment's `units`, or several if there are more than `MAX_PARTS`. It uses the
-    `workers`, `threads` (1 if None) and `run_limit` of `execution`. All machines must share the file system of `root`.
+    The experiment is split into `units`, which can be trained independently. Each array index trains one unit, or
+    several if there are more than `MAX_PARTS`, with the `workers`, `threads` (1 if None), and `run_limit` of
+    `execution`. All machines must share the file system of `root`.
 
     Raises:
-        ValueError: If the scripts' path contains double quotes, backslashes or newlines.
-        FileExistsError: If `emit_to` contains other scripts with these names.
+        ValueError: If the scripts' path contains double quotes, backslashes, or newlines.
+        FileExistsError: If `emit_to` contains files with these names that were not written for `root`.
     """
     root = root.resolve()
     scripts = root / "slurm" if execution.emit_to is None else Path(execution.emit_to).resolve()
@@ -67,7 +68,7 @@ def write_slurm_scripts(root: Path, experiment: Experiment, execution: Execution
         is_own = train_script.is_file() and f"{command} --part" in train_script.read_text(errors="replace")
         if not is_own:
             raise FileExistsError(
-                f"emit_to={scripts} contains another {existing[0].name}; choose an empty or new folder"
+                f"emit_to={scripts} contains a different {existing[0].name}; choose an empty or new folder"
             )
     (scripts / "logs").mkdir(parents=True, exist_ok=True)
     logs = str(scripts / "logs").replace("%", "%%")  # Slurm replaces patterns such as %a in log paths

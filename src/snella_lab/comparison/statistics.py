@@ -1,4 +1,7 @@
-"""Statistics of a comparison: means, standard deviations, and paired differences with Student's t intervals."""
+"""Statistics of a comparison: means, standard deviations, and paired differences with Student's t intervals.
+
+Scores and costs are those of final runs, which are evaluated on test images. A task is a dataset with its settings.
+"""
 
 import math
 import statistics
@@ -9,7 +12,7 @@ from typing import TypeVar
 from snella_lab.comparison.rows import CellRow
 
 LEVEL = 0.95
-"""Level of the confidence intervals. Differences with an adjusted p-value of at most 1 - `LEVEL` may be significant."""
+"""Level of the confidence intervals. A significant difference has an adjusted p-value of at most 1 - `LEVEL`."""
 MIN_UNITS = 5
 """Minimum number of tasks (or seeds of a single task) for a significant difference."""
 
@@ -36,12 +39,12 @@ class Difference:
         mean: Mean over units.
         low: Lower end of the 95% interval, not corrected for multiple comparisons. NaN for a single unit.
         high: Upper end of the interval.
-        pairs: Number of pairs with the same task and seed.
+        pairs: Number of pairs of runs with the same task and seed.
         tasks: Number of tasks.
         p: Two-sided p-value of the t test. NaN for a single unit.
-        above: Number of units above zero.
-        below: Number of units below zero.
-        adjusted_p: `p` after Holm's correction. NaN before `with_holm`.
+        above: Number of units whose difference is positive.
+        below: Number of units whose difference is negative.
+        adjusted_p: `p` after Holm's correction. NaN until `with_holm` sets it.
         comparisons: Number of comparisons that the correction covers.
     """
 
@@ -86,12 +89,12 @@ def final_rows(rows: Rows) -> list[CellRow]:
 
 
 class FinalRuns:
-    """Finished final runs by method, task and seed.
+    """Finished final runs by method, task, and seed.
 
-    A run without the requested metric raises a ValueError, except in `average`.
+    Requesting a metric that a run lacks raises a ValueError, except in `average`.
 
     Args:
-        rows: Rows of a comparison, of which only those of finished final runs count.
+        rows: Rows of a comparison. Only those of finished final runs are used.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -108,15 +111,18 @@ class FinalRuns:
         return {row.seed: _value(row, metric) for row in self.rows(method, task)}
 
     def spread(self, method: str, task: str, metric: str) -> Spread | None:
-        """Return the mean and standard deviation over seeds of a method's scores on one task, or None without runs."""
+        """Return the mean and standard deviation over seeds of a method's scores on one task.
+
+        Returns None if there are no runs.
+        """
         scores = self.scores(method, task, metric)
         return _spread(list(scores.values())) if scores else None
 
     def mean(self, method: str, groups: Sequence[Sequence[str]], metric: str) -> Spread | None:
-        """Return the mean over groups of the mean over each group's tasks, with its standard deviation over seeds.
+        """Average over the tasks of each group, then over groups; return the mean and standard deviation over seeds.
 
-        Uses only seeds with a run on every task. Returns None if there are no such seeds. Groups of one task give the
-        mean over tasks, and groups of several tasks give the mean reported for VTAB.
+        Uses only seeds with a run on every task. Returns None if there are no such seeds. If each group has one task,
+        this is the mean over tasks. The mean usually reported for VTAB is over groups of several tasks.
         """
         scores = {task: self.scores(method, task, metric) for group in groups for task in group}
         seeds = set.intersection(*map(set, scores.values())) if scores else set()
@@ -176,7 +182,7 @@ def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
 
 
 def with_holm(differences: Mapping[Key, Difference | None]) -> dict[Key, Difference | None]:
-    """Set `adjusted_p` for a family of comparisons by Holm's correction.
+    """Apply Holm's correction to a family of comparisons.
 
     The k-th smallest of m p-values becomes max over i <= k of (m - i + 1) · p_i, but at most 1.
 
@@ -184,7 +190,7 @@ def with_holm(differences: Mapping[Key, Difference | None]) -> dict[Key, Differe
         differences: Differences by any key. None and differences without a p-value (single units) remain unchanged.
 
     Returns:
-        The same keys in the same order.
+        Differences with `adjusted_p` and `comparisons`, under the same keys in the same order.
     """
     tested = {key: value for key, value in differences.items() if value is not None and not math.isnan(value.p)}
     adjusted: dict[Key, Difference | None] = {}
@@ -202,7 +208,7 @@ def mean_of_measured(values: Iterable[float | None]) -> float | None:
 
 
 def complete_mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of at least one value, or None if a value is missing."""
+    """Return the mean of a nonempty sequence, or None if one of its values is None."""
     numbers = [value for value in values if value is not None]
     return sum(numbers) / len(numbers) if len(numbers) == len(values) else None
 

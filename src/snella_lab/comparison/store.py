@@ -1,9 +1,9 @@
 """Storage of a comparison's rows, and locks that assign each cell to one process.
 
-`results.jsonl` contains one line per cell, appended by any number of processes. Each cell's folder contains a copy of
-the row in `cell.json`, written atomically. Each row contains the SHA-256 of its other columns; rows without a hash are
-not checked. A valid line takes precedence over the copy. A damaged or missing row is restored from the other file with
-all its columns.
+A cell is one run of the comparison, and its row contains the settings and results. `results.jsonl` contains one line
+per cell, appended by any number of processes. Each cell's folder contains a copy of the row in `cell.json`, written
+atomically. Each row contains the SHA-256 of its other columns; rows without a hash are not checked. A valid line takes
+precedence over the copy. A damaged or missing line is restored from the copy, and a damaged copy from the line.
 
 Locks are operating-system locks (`filelock`) on files below `locks/`. They do not expire and are released when the
 process exits. They work on a single machine; on a cluster, the Ray driver or the parts of the Slurm job assign the
@@ -35,12 +35,12 @@ _WAIT_S = 0.5
 _WRITE_WAIT_S = 10.0
 """Timeout for locking the results file to remove rows."""
 _CELL_NAME = re.compile(r"(?!\.\.?(/|$))[A-Za-z0-9._+-]+(/(?!\.\.?(/|$))[A-Za-z0-9._+-]+)*")
-"""Names of cells, which are paths of folders. They must not leave the folder of the comparison."""
+"""Valid cell names: relative paths of folders, which must not leave the folder of the comparison."""
 
 
 @contextmanager
 def cell_lock(folder: Path, name: str, timeout_s: float = _WAIT_S) -> Iterator[bool]:
-    """Try to acquire the lock of a cell, and release it at the end.
+    """Try to acquire the lock of a cell, and release it at the end of the context.
 
     Args:
         folder: Folder of all locks, which is created if missing.
@@ -165,10 +165,10 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
     """Read all rows and repair damaged files.
 
     A valid line takes precedence over the `cell.json` of its cell. The results file is rewritten if rows are missing,
-    duplicated or damaged, and a `cell.json` is rewritten if it differs from its line.
+    duplicated, or damaged, unless another process is writing it. A `cell.json` that differs from its line is rewritten.
 
     Returns:
-        The rows by cell name, without `train_config` to save memory, and notes about the repairs.
+        The rows by cell name, without `train_config` to save memory, and notes about damaged files.
     """
     path = root / FILE
     with _open(path) as file:
@@ -234,7 +234,8 @@ def read_part(root: Path, pairs: Iterable[tuple[DataEntry, MethodEntry]]) -> dic
 def drop_failed(root: Path) -> list[str]:
     """Remove the rows of failed cells, so that the cells are trained again, and return the names of these cells.
 
-    If a method has a finished final run on a task, its tuning runs are not repeated, and diverged ones keep their rows.
+    If a method has a successful final run on a task, its tuning runs are not repeated, and the rows of those that
+    diverged are kept.
 
     Raises:
         TimeoutError: If another process is writing the results file.
@@ -265,7 +266,7 @@ def drop_failed(root: Path) -> list[str]:
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write all rows atomically, sorted by date and cell."""
+    """Write all rows to a results file atomically, sorted by date and cell."""
     ordered = sorted(rows, key=lambda row: (row["created_at"], row["cell"]))
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in ordered))
 

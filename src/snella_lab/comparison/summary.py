@@ -1,4 +1,8 @@
-"""Result tables of a comparison for the report and the terminal."""
+"""Result tables of a comparison for the report and the terminal.
+
+Each task, a dataset with its settings, belongs to a group. Scores are those of final runs, which are evaluated on test
+images; tuning runs only select hyperparameters.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -37,13 +41,13 @@ class MethodSummary:
 
     Args:
         name: Method label.
-        per_task: Mean and standard deviation by metric and task. None without finished runs.
+        per_task: Mean and standard deviation by metric and task. None if there are no finished runs.
         over_tasks: Mean over tasks, by metric.
         over_groups: Mean over groups, by metric.
-        to_reference: Paired difference from the reference over all tasks, by metric, with Holm's correction over the
-            methods. None for the reference, and for methods without task and seed in common with it.
-        to_reference_on: Paired difference by task for the main metric, without correction.
-        costs: Mean over tasks of each column in `COSTS`. None if it was not measured.
+        to_reference: Paired difference from the reference over the common tasks, by metric, with Holm's correction over
+            the methods. None for the reference, and for methods that have no task and seed in common with it.
+        to_reference_on: Paired difference in the main metric on each task, without correction.
+        costs: Mean over tasks of each column in `COSTS`. None for a column that was not measured.
     """
 
     name: str
@@ -61,7 +65,7 @@ class Summary:
 
     Args:
         experiment: The experiment.
-        rows: All rows of the comparison, including methods and tasks outside the experiment.
+        rows: All rows of the comparison, including those of methods and tasks outside the experiment.
         runs: Finished final runs of the experiment.
         methods: Results of each method, in the order of the experiment.
         tasks: Tasks with finished final runs, in the order of the experiment.
@@ -122,7 +126,7 @@ class Summary:
 
     @property
     def means(self) -> dict[str, Spread]:
-        """Mean of the main metric over tasks, by method, without methods that lack a run on some task."""
+        """Mean of the main metric over tasks, by method, for methods with a seed that has a run on every task."""
         means: dict[str, Spread] = {}
         for method in self.methods:
             mean = method.over_tasks[self.column]
@@ -143,7 +147,7 @@ class Summary:
 
     @property
     def recommendation(self) -> tuple[str, str]:
-        """Recommended method and the reason as a sentence. At least one method must have a mean over all tasks."""
+        """Recommended method and an explanation. At least one method must have a mean over all tasks."""
         costs = {method.name: method.costs for method in self.methods}
         return recommend(self.means, costs, self.measure, self.is_fraction)
 
@@ -221,14 +225,15 @@ def change_text(value: float, is_fraction: bool) -> str:
 
 
 def size_text(value: float, is_fraction: bool) -> str:
-    """Format the size of a difference with its unit: 2.9 points for a fraction, else 0.029."""
+    """Format the size of a difference: 2.9 points (percentage points) for a fraction, else 0.029."""
     return f"{decimal_text(100 * value, 1)} points" if is_fraction else decimal_text(value, 3)
 
 
 def difference_text(value: Difference | None, tasks: int, is_fraction: bool = True) -> str:
-    """Format a difference and its interval: −0.8 [−1.9, +0.2] in points for a fraction, else −0.008 [−0.019, +0.002].
+    """Format a difference and its interval: −0.8 [−1.9, +0.2] for a fraction, else −0.008 [−0.019, +0.002].
 
-    The text ends with the number of tasks that the difference covers, unless it covers all `tasks`.
+    The numbers for a fraction are percentage points. The text ends with the number of tasks that the difference covers,
+    unless it covers all `tasks`.
     """
     if value is None:
         return "–"
@@ -256,7 +261,7 @@ def significance_texts(value: Difference | None) -> tuple[str, str]:
 def outcome_text(summary: Summary) -> str:
     """Summarize the outcome: the best mean, its lead over the reference, and other significant differences.
 
-    The text is empty without results.
+    The text is empty if there are no results.
     """
     means = summary.means
     if not means:
@@ -288,7 +293,7 @@ def outcome_text(summary: Summary) -> str:
 
 
 def _main_differences(summary: Summary) -> dict[str, Difference]:
-    """Return the differences from the reference in the main metric, by method, without missing ones."""
+    """Return the differences from the reference in the main metric, by method, omitting those that are None."""
     differences: dict[str, Difference] = {}
     for method in summary.methods:
         difference = method.to_reference[summary.column]
@@ -308,8 +313,8 @@ def insignificance_text(value: Difference) -> str:
 def recommendation_text(summary: Summary) -> str:
     """Recommend the method with the least memory, then time, among all within one standard error of the best.
 
-    The standard error is over the seeds of the best method. Memory within 5% of the minimum is a tie. The text also
-    lists the methods without a mean over all tasks. It is empty if no method has such a mean.
+    The standard error is over the seeds of the best method. Memory within 5% of the minimum counts as a tie. The
+    text also lists the methods without a mean over all tasks. It is empty if no method has such a mean.
     """
     if not summary.means:
         return ""
@@ -321,10 +326,10 @@ def recommendation_text(summary: Summary) -> str:
 def recommend(
     means: Mapping[str, Spread], costs: Mapping[str, Mapping[str, float | None]], measure: str, is_fraction: bool
 ) -> tuple[str, str]:
-    """Return the recommended method and the reason as a sentence, following the rule of `recommendation_text`.
+    """Return the recommended method and an explanation, following the rule of `recommendation_text`.
 
     `means` contains scores, which are formatted as percentages if `is_fraction`. `costs` contains
-    `accelerator_memory_max`, `training_mib` and `train_time`.
+    `accelerator_memory_max`, `training_mib`, and `train_time`.
     """
     best = max(means, key=lambda name: means[name].mean)
     top = means[best]
@@ -371,7 +376,7 @@ def _cheapest(names: Sequence[str], costs: Mapping[str, Mapping[str, float | Non
 
 
 def _memory_bytes(costs: Mapping[str, float | None]) -> float | None:
-    """Return the peak GPU memory or else the peak process memory without libraries, or None if not measured."""
+    """Return the peak GPU memory, or else the peak process memory without libraries; None if neither was measured."""
     peak = costs.get("accelerator_memory_max")
     if peak:
         return peak
@@ -411,7 +416,7 @@ def caption(summary: Summary) -> str:
 
 
 def unit_text(summary: Summary, unit: str) -> str:
-    """Return the unit of fractional metrics: " in percent", " (accuracy in percent)" or an empty string."""
+    """Return the unit of fractional metrics: " in percent", " (accuracy in percent)", or an empty string."""
     fractions = [title for metric, title in summary.metrics.items() if metric in FRACTIONS]
     if len(fractions) == len(summary.metrics):
         return f" in {unit}"
@@ -427,7 +432,7 @@ def interval_text(summary: Summary) -> str:
         units = "tasks"
         averaging = " (seeds averaged per task)"
     num_corrected = max((difference.comparisons for difference in differences), default=0)
-    compared = num_corrected or len(differences)  # differences of single units have no p, so none are corrected
+    compared = num_corrected or len(differences)  # differences of single units have no p-value to correct
     text = (
         f"differences from {summary.reference}{unit_text(summary, 'points')}, with {percent_text(LEVEL, 0)} "
         f"Student's t intervals over {units}{averaging}; p after Holm's correction over "
@@ -440,7 +445,7 @@ def interval_text(summary: Summary) -> str:
 
 
 def print_summary(console: Console, summary: Summary) -> None:
-    """Print the result tables, the outcome and the recommendation."""
+    """Print the result tables, the outcome, and the recommendation."""
     if not summary.finals:
         print_line(console, "no final run is finished yet")
         return
@@ -459,7 +464,7 @@ def print_summary(console: Console, summary: Summary) -> None:
 def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list[str]]:
     """Return the lines of the table as strings, headings first.
 
-    The columns are the tasks, the means, the difference from the reference, its tests and, if `with_costs`, the costs.
+    The columns are the tasks, the means, the difference from the reference, its tests, and, if `with_costs`, the costs.
     Costs that were not measured for any method are omitted.
     """
     texts = [cost_texts(method.costs) for method in summary.methods]

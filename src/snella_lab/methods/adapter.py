@@ -118,7 +118,7 @@ class MosaAdapter(Adapter):
         width: Size of the input's last dimension.
         r: Bottleneck width.
         experts: Number of experts n.
-        seed: Seed of the masks, which are not saved but regenerated on loading.
+        seed: Seed for the masks, which are not saved but regenerated on loading.
         scale: Scale of the bottleneck output.
         dropout: Dropout rate inside the bottleneck.
     """
@@ -133,7 +133,7 @@ class MosaAdapter(Adapter):
         self.register_buffer("expert_index", expert_index.int(), persistent=False)
 
     def bottleneck(self, h: Tensor) -> Tensor:
-        """Compute the output of a random expert in training, or of the merged adapter in evaluation."""
+        """Compute the output of a random expert in training mode, or of the merged adapter in evaluation mode."""
         if not self.training:
             return super().bottleneck(h)
         expert = int(torch.randint(self.experts, ()))
@@ -142,7 +142,7 @@ class MosaAdapter(Adapter):
 
 
 def _build_mosa(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Attach `MosaAdapter` to each MLP, with different masks for each block."""
+    """Attach a `MosaAdapter` to each MLP, with different masks for each block."""
     kwargs = {name: options[name] for name in ("r", "experts", "scale", "dropout") if name in options}
     seed = options.get("mask_seed", 0)
     return add_adapters("mosa", model, head, lambda width, index: MosaAdapter(width, seed=seed + index, **kwargs))
@@ -170,10 +170,10 @@ class ScaleShift(nn.Module):
     Args:
         channels: Number of channels.
         dim: Channel dimension of the input: -1 for tokens, 1 for feature maps.
-        init_std: Standard deviation of the initialization. With 0, the module starts as the identity.
+        init_std: Standard deviation of the initialization. If 0, the module starts as the identity.
 
     Attributes:
-        was_used: True after the first forward pass, see `warn_about_unused`.
+        was_used: True after the first forward pass; see `warn_about_unused`.
     """
 
     def __init__(self, channels: int, *, dim: int = -1, init_std: float = 0.02) -> None:
@@ -229,7 +229,7 @@ def _channels(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.GroupNorm):
         return module.num_channels, 1
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
-        # timm's LayerNorm2d and LayerNorm2dFp32 and transformers' channels-first norms take feature maps, not tokens
+        # LayerNorm2d and LayerNorm2dFp32 of timm and channels-first norms of transformers take feature maps, not tokens
         takes_maps = "2d" in type(module).__name__ or getattr(module, "data_format", None) == "channels_first"
         return module.normalized_shape[-1], 1 if takes_maps else -1
     return None
@@ -239,9 +239,9 @@ def _build_ssf(model: nn.Module, head: str, options: Options, batches: Batches |
     """Attach a `ScaleShift` to each layer outside the head that `_channels` supports."""
     layers: list[tuple[nn.Module, tuple[int, int]]] = []
     for name, module in model.named_modules():
-        shape = _channels(module)
-        if shape is not None and not is_inside(name, head):
-            layers.append((module, shape))
+        channels_and_dim = _channels(module)
+        if channels_and_dim is not None and not is_inside(name, head):
+            layers.append((module, channels_and_dim))
     if not layers:
         raise ValueError(
             f"method 'ssf' cannot be applied to {type(model).__name__}: there are no linear layers, convolutions or "
@@ -303,7 +303,7 @@ def _merge_ssf(model: nn.Module) -> nn.Module:
 
 
 def _is_affine_with_bias(module: nn.Module) -> bool:
-    """Return True for a layer with a weight and a bias, and without activation or weight standardization.
+    """Return True for a layer that has a weight and a bias, but no activation or weight standardization.
 
     timm's `NormAct` layers contain an activation.
     """

@@ -1,4 +1,4 @@
-"""Calibration: sensitivities of weights, computed from gradients on training batches before training starts."""
+"""Calibration: sums of gradients or squared gradients over training batches, by which methods select weights."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,12 +18,12 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def squared_gradients(
     model: nn.Module, names: Sequence[str], batches: Batches, loss: Loss, limit: int | None = None
 ) -> dict[str, Tensor]:
-    """Compute SPT's sensitivity of each weight.
+    """Compute the sensitivity of each weight, as defined by SPT (He et al., arXiv 2303.08566).
 
     s[w] = Σ_batches g[w]²,   g = ∂loss/∂w
 
-    Up to a constant factor, this is the first-order decrease -g·Δw = ε g² of the loss after a gradient step Δw = -ε g
-    on that weight.
+    Up to a constant factor, this is the decrease of the loss, -g·Δw = ε g² to first order, after a gradient step
+    Δw = -ε g on that weight.
 
     Args:
         model: Model, which runs in evaluation mode. Its state is restored afterwards.
@@ -86,7 +86,7 @@ def _accumulate(
     limit: int | None,
     add: Callable[[Tensor, Tensor], object],
 ) -> dict[str, Tensor]:
-    """Accumulate a function of each gradient in hooks that free the gradient immediately.
+    """Accumulate a function of each gradient, using hooks that free the gradient immediately.
 
     `add` receives the float32 total of a parameter and its gradient for one batch, and changes the total in place.
     """
@@ -128,7 +128,7 @@ def _accumulate(
 
 @contextmanager
 def _calibration_mode(model: nn.Module, selected: Collection[Tensor]) -> Iterator[None]:
-    """Enter evaluation mode, enable gradients for the selected parameters only, and restore the state on exit."""
+    """Enter evaluation mode, enable gradients only for the selected parameters, and restore the state on exit."""
     modes = {module: module.training for module in model.modules()}
     requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     grads = {parameter: parameter.grad for parameter in selected}
@@ -149,7 +149,7 @@ def _calibration_mode(model: nn.Module, selected: Collection[Tensor]) -> Iterato
 
 
 def selection_data(batches: Batches | None) -> SelectionData:
-    """Return the `batches` that a method's `build` received as `SelectionData`.
+    """Convert the `batches` that a method's `build` received to `SelectionData`.
 
     Raises:
         TypeError: If `batches` is not callable.
@@ -165,7 +165,7 @@ def selection_data(batches: Batches | None) -> SelectionData:
 
 
 def loss_of(data: SelectionData) -> Loss:
-    """Return the task's loss as a function of model and batch."""
+    """Return the task's loss as a function of the model and the batch."""
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return data.loss(model(images), labels)

@@ -1,6 +1,6 @@
-"""Method `noah`: prompts, low-rank updates and adapters, with the sizes in each block found by a search.
+"""Method `noah`: prompts, low-rank updates, and adapters, with the sizes in each block found by a search.
 
-One choice of these sizes is a subnet. All subnets share the weights of a supernet, which has the largest size of each
+Each choice of these sizes is a subnet. All subnets share the weights of a supernet, which has the largest size of each
 module type in every block.
 """
 
@@ -37,7 +37,7 @@ _MAX_TRIES = 200
 
 
 class Subnet(NamedTuple):
-    """Sizes of the modules in each block. A block with size 0 has no module of this type.
+    """Sizes of the modules in each block. A block with size 0 has no module of that type.
 
     Attributes:
         prompts: Number of prompts.
@@ -68,7 +68,7 @@ class SubnetSpace:
 
     @property
     def depths(self) -> list[int]:
-        """Numbers of leading blocks that a module type may fill: a quarter, half, three quarters or all, rounded up."""
+        """Numbers of leading blocks that a module type may fill: 25%, 50%, 75%, or 100% of all blocks, rounded up."""
         num_blocks = len(self.block_widths)
         return sorted({math.ceil(num_blocks * quarters / 4) for quarters in (1, 2, 3, 4)})
 
@@ -77,7 +77,7 @@ class SubnetSpace:
 
             Σ_blocks p·d + r·(in + out) + (2·d·a + a + d if a > 0)
 
-        p is the number of prompts, r the rank, a the adapter width and d the token width.
+        p is the number of prompts, r the rank, a the adapter width, and d the token width.
         """
         total = 0
         for d, qkv_size, p, r, a in zip(self.block_widths, self.qkv_sizes, *subnet, strict=True):
@@ -138,7 +138,7 @@ def search_subnet(
 
     Generation 0 contains the smallest subnet and random ones. Each of the `generations` that follow adds up to
     `population` new candidates within the budget: up to half are mutations of the best ten, up to half are crossovers
-    of them, and the rest are random. The search ends early if a generation finds no new candidate. No candidate is
+    of these ten, and the rest are random. The search ends early if a generation finds no new candidate. No candidate is
     evaluated twice. `report` receives one progress line per generation.
     """
     scores: dict[Subnet, tuple[float, float]] = {}
@@ -226,12 +226,12 @@ def activate(supernet: nn.Module, subnet: Subnet) -> None:
 def train_supernet(
     supernet: nn.Module, space: SubnetSpace, data: SelectionData, *, epochs: int, lr: float, weight_decay: float
 ) -> Random:
-    """Train the supernet with AdamW, a random subnet per batch and a per-epoch cosine learning-rate schedule.
+    """Train the supernet with AdamW, a random subnet per batch, and a per-epoch cosine learning-rate schedule.
 
     The random subnets may exceed the budget of the search space.
 
     Returns:
-        Random number generator for the search, seeded by torch's global generator.
+        Random number generator for the search, seeded from torch's global generator.
 
     Raises:
         ValueError: If `data` is empty, or a loss is not finite.
@@ -419,15 +419,15 @@ NOAH = Method(
 """NOAH has three steps:
 
 1. A supernet with the largest size of each module type in every block is trained with AdamW. Each batch trains a random
-   subnet: each module type fills the first 25%, 50%, 75% or 100% of the blocks, with a random size from `sizes`
-   in each block. Smaller sizes share the first prompts, ranks and channels of larger ones.
+   subnet: each module type fills the first 25%, 50%, 75%, or 100% of the blocks, with a random size from `sizes`
+   in each block. Smaller sizes share the first prompts, ranks, and channels of larger ones.
 2. Evolutionary search ranks subnets of at most `budget` million parameters by the supernet's validation accuracy, or
    by its loss for tasks without class scores.
 3. The best subnet is reinitialized and trained like any other method; the supernet is discarded.
 
-Defaults are the paper's sizes (5, 10, 50, 100) and its budget of 0.64 on a ViT-B/16. On other models, the budget is
+Defaults are the paper's sizes (5, 10, 50, 100) and its budget of 0.64 for a ViT-B/16. For other models, the budget is
 proportional to the number of adapted weights, but at least the size of the smallest subnet. The default search effort
-is smaller than the paper's `supernet_epochs=500, population=50, generations=20`. The paper initializes adapters
+is smaller than the paper's, `supernet_epochs=500, population=50, generations=20`. The paper initializes adapters
 randomly; here they start as the identity. Parameters per block of width d: p·d for prompts, 4·d·r for the low-rank
-update of a fused qkv, 2·d·a + a + d for the adapter.
+update of a fused qkv, and 2·d·a + a + d for the adapter.
 """

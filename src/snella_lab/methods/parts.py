@@ -21,7 +21,7 @@ def attach(
     Args:
         module: Module of the backbone.
         name: Attribute name of the child, which must be unused.
-        child: Module to add. It is moved to the device of the module's first parameter.
+        child: Module to add. It is moved to the device of the first parameter of `module`.
         after: Forward hook, `(module, inputs, output) -> output`. Use a module-level function, not a closure, so that
             the model can be copied.
         before: Forward pre-hook, `(module, inputs) -> inputs`.
@@ -65,8 +65,8 @@ def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn
 
     Raises:
         ValueError: If the model has no blocks, its head takes feature maps, its blocks do not share one token sequence
-            or are not in timm's format, a block lacks `attn`, `mlp` or a normalization layer `norm1`, or attention uses
-            rotary or relative positions, which added tokens lack.
+            or are not in timm's format, a block lacks `attn`, `mlp`, or a normalization layer `norm1`, or the
+            attention uses rotary or relative positions, which added tokens lack.
     """
     blocks = require_blocks(method, model, head)
     has_prefix = isinstance(getattr(model, "num_prefix_tokens", None), int)
@@ -97,7 +97,7 @@ def _has_any(owner: object, names: Sequence[str]) -> bool:
 
 
 def block_width(block: nn.Module) -> int | None:
-    """Return the token width of a transformer block, or None without `attn`, `mlp` or a normalization layer `norm1`."""
+    """Return the token width of a transformer block, or None if it lacks `attn`, `mlp`, or a normalization `norm1`."""
     norm = getattr(block, "norm1", None)
     children = [norm, getattr(block, "attn", None), getattr(block, "mlp", None)]
     shape = getattr(norm, "normalized_shape", None)
@@ -109,8 +109,8 @@ def block_width(block: nn.Module) -> int | None:
 def mlps(model: nn.Module, head: str) -> Iterator[tuple[str, nn.Module, int]]:
     """Yield `(name, module, output width)` for each MLP outside the head.
 
-    An MLP is a module named `mlp` or `ffn` with linear layers. The last of these defines the width, which is the last
-    dimension of the output.
+    An MLP is a module named `mlp` or `ffn` with linear layers. The last of these layers defines the width, which is
+    the size of the output's last dimension.
     """
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] in ("mlp", "ffn") and not is_inside(name, head):

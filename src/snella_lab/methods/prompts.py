@@ -1,4 +1,4 @@
-"""Methods `vpt-shallow`, `vpt-deep` and `vqt`: learned prompt and query tokens.
+"""Methods `vpt-shallow`, `vpt-deep`, and `vqt`: learned prompt and query tokens.
 
 Prompts join the token sequence of a block. Queries only read it, and their outputs go to the head.
 """
@@ -129,7 +129,7 @@ class Queries(nn.Module):
 
     Attributes:
         summary: Output of the queries in the latest forward pass, `[batch, queries, width]`. None before the first
-            forward pass, and after `QueryHead` has read the output.
+            forward pass, and after `QueryHead` has read it.
     """
 
     def __init__(self, tokens: Tensor, dropout: float = 0.0) -> None:
@@ -166,7 +166,7 @@ def _split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 class QueryHead(nn.Linear):
-    """Linear head for the backbone's features and the summaries of all blocks.
+    """Linear head on the backbone's features and the summaries of all blocks.
 
     y = W [x, s_1, …, s_L] + b
 

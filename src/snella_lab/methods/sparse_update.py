@@ -1,4 +1,4 @@
-"""Method `gps-k`, and layers with sparse updates for GPS, SPT and fixed masks.
+"""Method `gps-k`, gradient-based parameter selection (GPS), and layers with sparse updates, which `spt` also uses.
 
 A sparse update adds trained values to selected entries of a frozen weight. Entries are addressed by their positions in
 the flattened weight.
@@ -35,17 +35,17 @@ def layer_with_entries(
 
     Args:
         x: Input of the layer, in the compute dtype.
-        weight: Weight without the values, `[m, …]`.
+        weight: Weight before the addition, `[m, …]`.
         bias: `[m]` or None.
         values: Differentiable values, `[K]`.
         indices: Unique integer positions in the flattened weight, `[K]`.
-        op: Op of the layer, see `snella.ops`.
+        op: Op of the layer; see `snella.ops`.
     """
     return _LayerWithEntries.apply(x, weight, bias, values, indices, op)
 
 
 def fold_entries(weight: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    """Return `weight` with `values` added at the flat positions `indices`, each sum rounded once."""
+    """Return `weight` with `values` added at the flat positions `indices`, rounding each sum once."""
     flat = weight.reshape(-1)
     positions = indices.long()
     sums = (flat[positions].to(values.dtype) + values).to(weight.dtype)
@@ -62,7 +62,7 @@ class _LayerWithEntries(torch.autograd.Function):
         ctx.op = op
         ctx.x_shape = x.shape
         ctx.has_bias = bias is not None
-        # only the gradients of the weight and of the values, if there are any, depend on x
+        # only the gradients of the weight and of the values (there may be none) depend on x
         saves_x = ctx.needs_input_grad[1] or (ctx.needs_input_grad[3] and len(values))
         ctx.save_for_backward(x if saves_x else None, weight, values, indices)
         with torch.autocast(x.device.type, enabled=False):
@@ -99,8 +99,8 @@ class SparseLayer(nn.Module, ABC):
 
     y = op(x, W) + bias,   W = W0, W[indices[k]] += entries()[k]
 
-    Autograd saves only the input and the entries, so the backward pass recomputes `W`. Gradients flow to the input, the
-    entries and, if it is trainable, the bias.
+    Autograd does not save `W`, so the backward pass recomputes it from the frozen weight and the entries. Gradients
+    flow to the input, the entries, and, if it is trainable, the bias.
 
     Args:
         base_layer: Frozen layer.
@@ -111,7 +111,7 @@ class SparseLayer(nn.Module, ABC):
 
     Raises:
         TypeError: If the layer is not a `Linear` or `Conv2d`, or overrides the forward pass.
-        ValueError: If positions are out of range, repeated, unsorted or not one-dimensional.
+        ValueError: If positions are out of range, repeated, unsorted, or not one-dimensional.
     """
 
     saved_buffers: tuple[str, ...] = ("indices",)
@@ -136,10 +136,10 @@ class SparseLayer(nn.Module, ABC):
 
     @abstractmethod
     def entries(self) -> Tensor:
-        """Return the differentiable values to add to the weight at `indices`, at least in float32."""
+        """Return the differentiable values to add to the weight at `indices`, in float32 or higher precision."""
 
     def sparse_entries(self) -> tuple[Tensor, Tensor]:
-        """Return the int64 positions in the flattened weight and the values, for `snella export`."""
+        """Return the int64 positions in the flattened weight, and the values, for `snella export`."""
         return self.indices.long(), self.entries().detach().clone()
 
     @property
@@ -154,7 +154,7 @@ class SparseLayer(nn.Module, ABC):
 
     @property
     def layer_op(self) -> LayerOp:
-        """Op of the base layer, see `snella.ops`."""
+        """Op of the base layer; see `snella.ops`."""
         return Conv2dOp.of(self.base_layer) if isinstance(self.base_layer, nn.Conv2d) else LinearOp()
 
     def __getattr__(self, name: str) -> Any:
@@ -167,7 +167,7 @@ class SparseLayer(nn.Module, ABC):
             return getattr(super().__getattr__("base_layer"), name)
 
     def prepare_input(self, x: Tensor) -> Tensor:
-        """Apply the padding mode, unless it is zeros, and cast the input to the autocast dtype."""
+        """Pad the input unless the padding mode is zeros, and cast it to the autocast dtype if autocast is enabled."""
         x = pad_input(self.base_layer, x)
         device_type = x.device.type
         return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x
@@ -189,14 +189,14 @@ class SparseLayer(nn.Module, ABC):
         return self.base_layer
 
     def extra_repr(self) -> str:
-        """Return the number of trained entries."""
+        """Return the number of entries and the size of the weight."""
         return f"{len(self.indices)} of {self.base_layer.weight.numel()} weights"
 
 
 class SparseUpdate(SparseLayer):
     """`SparseLayer` that trains its entries directly.
 
-    The checkpoint contains the values and their int32 positions. It has `2·len(indices)` numbers, like AdamW's state.
+    The checkpoint contains the values and their int32 positions: `2·len(indices)` numbers, as many as AdamW's state.
     """
 
     def __init__(self, base_layer: nn.Module, indices: Tensor) -> None:
@@ -210,12 +210,12 @@ class SparseUpdate(SparseLayer):
 
 
 class MaskedUpdate(SparseLayer):
-    """`SparseLayer` whose entries `scaling · ΔW[indices]` come from ΔW, which SNELLA merges from two factors.
+    """`SparseLayer` with entries `scaling · ΔW[indices]`, where ΔW is the matrix that SNELLA merges from two factors.
 
     Args:
         base_layer: Frozen layer.
         indices: Positions in the flattened weight, strictly ascending.
-        config: Kernel, rank, scaling and initialization.
+        config: Kernel, rank, scaling, and initialization.
         row_counts: Number of rows of each matrix in the weight.
         name: Layer name, which determines the rank.
     """
@@ -258,7 +258,7 @@ def merged_entries(spec: UpdateSpec, factors: Factors, indices: Tensor) -> Tenso
         values[k] = scaling · ΔW[i, j],   indices[k] = i·n + j
 
     Args:
-        spec: Kernel, rows and scaling; mode and backend are ignored.
+        spec: Kernel, rows, and scaling; the mode and the backend are ignored.
         factors: Factors and scalars; the result is differentiable with respect to them.
         indices: Positions in the flattened `[m, n]` matrix, ascending, on the factors' device.
     """
@@ -311,7 +311,7 @@ class _MergedEntries(torch.autograd.Function):
 
 
 class SparseEntries(nn.Module):
-    """Parametrization (`torch.nn.utils.parametrize`) with trainable entries of a frozen vector.
+    """Parametrization (`torch.nn.utils.parametrize`) that adds trainable values to entries of a frozen vector.
 
     v = v0, v[indices[k]] += values[k]
 
@@ -331,7 +331,7 @@ class SparseEntries(nn.Module):
         )
 
     def forward(self, vector: Tensor) -> Tensor:
-        """Add the trained entries to the vector."""
+        """Add the trained values to the vector."""
         return fold_entries(vector, self.values, self.indices)
 
 
@@ -371,7 +371,7 @@ def merge_sparse(model: nn.Module) -> nn.Module:
 
 
 def stored_indices(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the positions in a saved adapter by layer name."""
+    """Return the positions that a saved adapter contains, by layer name."""
     return {name.removesuffix(".indices"): value for name, value in tensors.items() if name.endswith(".indices")}
 
 
@@ -387,7 +387,7 @@ def neuron_layers(model: nn.Module, head: str) -> list[str]:
     """Return the names of the layers that GPS adapts: every `Linear` and `Conv2d` except the head.
 
     The patch embedding is included. Layers with a custom forward pass remain frozen. So does the output projection of
-    `nn.MultiheadAttention`, because attention reads its weight without calling the layer.
+    `nn.MultiheadAttention`, because the attention module reads the weight without calling the layer.
 
     Raises:
         ValueError: See `require_sparse`.
@@ -404,7 +404,7 @@ def neuron_layers(model: nn.Module, head: str) -> list[str]:
 def strongest_inputs(gradient: Tensor, k: int) -> Tensor:
     """Return the positions of each neuron's `k` largest gradient magnitudes.
 
-    A neuron is a row of the weight reshaped to `[m, n]`. Ties go to the first inputs.
+    A neuron is a row of the weight reshaped to `[m, n]`. Ties go to the earlier inputs.
 
     Args:
         gradient: Gradient of the weight, `[m, ...]`.
@@ -456,9 +456,9 @@ def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
 
 
 def _selection_loss(data: SelectionData, head: str, options: Options) -> Loss:
-    """Return the function that computes the option `selection_loss`.
+    """Return the function that computes the loss of the option `selection_loss`.
 
-    The default is the contrastive loss for one class label per image, and the task's loss otherwise.
+    The default is the contrastive loss if each image has one class label, and the task's loss otherwise.
     """
     choice = options.get("selection_loss")
     task_loss = loss_of(data)
@@ -484,7 +484,7 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
 
 
 def _apply(model: nn.Module, head: str, selected: Mapping[str, Tensor]) -> nn.Module:
-    """Make the selected weights, the biases of their layers, layer scales and the head trainable."""
+    """Make the selected weights, the biases of their layers, the layer scales, and the head trainable."""
     train_head(model, head)
     for name in neuron_layers(model, head):
         bias: Any = model.get_submodule(name).bias
@@ -519,12 +519,12 @@ or `Conv2d` weight; `neuron_layers` documents the exceptions. The mask of the tr
 
     M[i, j] = 1 if |Σ_batches ∂loss/∂W[i, j]| is among the k largest of row i.
 
-GPS also trains layer scales and the head. Norms, tokens and position embeddings stay frozen. With `k = 1`, a ViT-B/16
+GPS also trains layer scales and the head. Norms, tokens, and position embeddings stay frozen. With `k = 1`, a ViT-B/16
 has 83,712 trained weights and as many biases.
 
 The gradient of `selection_loss` is computed before training. `contrastive`, the default for one class label per image,
-is the paper's loss. It compares the head's inputs within a batch, so the random head has no influence. Its two views of
-an image are the image and its mirror image, whereas the paper uses two augmented views. `task`, the default for other
-tasks, is the training loss, which includes the head. `calibration_batches` limits the number of batches, by default to
-one epoch.
+is the paper's loss. It compares the head's inputs within a batch, so the randomly initialized head has no influence.
+Its two views of an image are the image and its mirror image, whereas the paper uses two augmented views. `task`, the
+default for other tasks, is the training loss, which includes the head. `calibration_batches` limits the number of
+batches, by default to one epoch.
 """

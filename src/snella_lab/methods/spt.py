@@ -1,9 +1,9 @@
-"""Methods `spt-lora`, `spt-adapter` and `fixed-mask`: weight selection by sensitivity before training.
+"""Methods `spt-lora`, `spt-adapter`, and `fixed-mask`: weight selection by sensitivity before training.
 
 SPT is sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXiv 2303.08566. The sensitivity of a
 weight is its squared gradient, summed over batches. SPT's budget is the number of parameters to train besides the
 head. A matrix with many sensitive weights gets a structured module, i.e. an adapter or a low-rank update. A vector with
-many is trained completely. Other selected weights are trained individually, as sparse entries.
+many sensitive weights is trained completely. Other selected weights are trained individually, as sparse entries.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +52,7 @@ _FROZEN_PARTS = {"patch_embed", "patch_embedding", "patch_merging", "downsample"
 Structure = Callable[[int, int, int], nn.Module]
 """Constructor `(rows, columns, r)` of a structured module for one matrix, where `r` is the rank or bottleneck width.
 
-The module maps an `SptLayer`, its prepared input `x` and the output `h` of the matrix to the adapted output. A
+The module maps an `SptLayer`, its prepared input `x`, and the output `h` of the matrix to the adapted output. A
 mergeable module has a method `delta` that returns its weight update, `[rows, columns]`.
 """
 
@@ -96,7 +96,7 @@ class SptLayer(SparseUpdate):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """Merge entries and modules into the base layer and return it."""
+        """Merge the entries and modules into the base layer, and return it."""
         base = super().merged()
         matrix = self.base_layer.weight.reshape(len(self.base_layer.weight), -1).clone()
         starts = list(accumulate(self.row_counts, initial=0))
@@ -140,17 +140,17 @@ def spend_budget(
 
     Returns:
         Two lists with one item per group: whether the group uses its module, and the ascending positions of its
-        selected weights, which are empty with a module. The total cost is exactly `budget - spent`.
+        selected weights, empty if it uses the module. The total cost is exactly `budget - spent`.
 
     Raises:
-        ValueError: If `budget - spent` exceeds the cost of all groups.
+        ValueError: If all groups together cost less than `budget - spent`.
     """
     total = sum(tensor.numel() for tensor in values)
     is_structured = [False] * len(values)
     selected: list[list[int]] = [[] for _ in values]
     remaining = budget - spent
     num_seen = 0
-    num_ranked = min(total, 4 * budget)  # weights may be skipped; extended below if these do not suffice
+    num_ranked = min(total, 4 * budget)  # may be too few, because some are skipped; extended below
     while remaining and num_seen < total:
         groups_by_rank, positions = rank_entries(values, num_ranked)
         for group, position in zip(groups_by_rank[num_seen:].tolist(), positions[num_seen:].tolist(), strict=True):
@@ -179,7 +179,7 @@ def spend_budget(
 def budget_of(options: Options, model: nn.Module, head: str, vit_b_budget: float = 0.4) -> int:
     """Return the budget as a number of parameters.
 
-    The default is `vit_b_budget` million for a ViT-B/16, and proportional to the number of adapted weights on other
+    The default is `vit_b_budget` million for a ViT-B/16, and proportional to the number of adapted weights for other
     models.
     """
     if "budget" in options:
@@ -191,7 +191,8 @@ def budget_of(options: Options, model: nn.Module, head: str, vit_b_budget: float
 def matrix_layers(model: nn.Module, head: str) -> list[str]:
     """Return the names of the layers that LoRA and SNELLA adapt and that a `SparseUpdate` can wrap.
 
-    Output projections of `nn.MultiheadAttention` are excluded: it reads their weights, so modules would have no effect.
+    Output projections of `nn.MultiheadAttention` are excluded. The attention module reads their weights without calling
+    them, so structured modules would have no effect.
 
     Raises:
         ValueError: See `require_sparse`.
@@ -227,7 +228,7 @@ def select(model: nn.Module, head: str, options: Options, data: SelectionData, s
             f"budget must exceed {token_size / 1e6:g} million parameters, the size of the class token, got "
             f"{budget / 1e6:g}"
         )
-    # biases, norms and layer scales, except in patch embedding, stem and downsampling
+    # biases, norms, and layer scales, except in the patch embedding, stem, and downsampling
     vector_names = [
         name
         for name, parameter in model.named_parameters()
@@ -277,7 +278,7 @@ def select(model: nn.Module, head: str, options: Options, data: SelectionData, s
 
 
 def apply_selection(model: nn.Module, head: str, selection: SptSelection, r: int, structure: Structure) -> nn.Module:
-    """Make the head, the selected weights and vectors, and structured modules of rank or width `r` trainable."""
+    """Make the head, the selected weights and vectors, and new structured modules of rank or width `r` trainable."""
     train_head(model, head)
     for name in selection.dense:
         model.get_parameter(name).requires_grad_(True)
@@ -333,7 +334,7 @@ def merge_selection(model: nn.Module) -> nn.Module:
 
 
 def spt_method(summary: str, source: str, structure: Structure, **fields: Any) -> Method:
-    """Create an SPT method with one class of structured modules, and `fields` as other fields of `Method`."""
+    """Create an SPT method whose structured modules come from `structure`; `fields` are other fields of `Method`."""
 
     def build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
         selection = select(model, head, options, selection_data(batches), structure)
@@ -421,9 +422,9 @@ SPT_LORA = spt_method(
 )
 """SPT trains the head and the `budget` million backbone parameters with the highest sensitivities.
 
-The sensitivity of a weight is Σ_batches (∂loss/∂w)² over `calibration_batches` (8) batches, with the task's loss and
-an untrained head. All weights of the adapted matrices are ranked together with the biases, norms and layer scales
-outside patch embedding, stem and downsampling:
+The sensitivity of a weight is Σ_batches (∂loss/∂w)² over `calibration_batches` batches (default: 8), with the task's
+loss and an untrained head. All weights of the adapted matrices are ranked together with the biases, norms, and layer
+scales outside the patch embedding, stem, and downsampling:
 
 - A matrix with at least `r·(rows + columns) / alpha` selected weights gets a low-rank update h + B A x instead of
   sparse entries.
@@ -431,7 +432,7 @@ outside patch embedding, stem and downsampling:
 - All other selected weights are trained as sparse entries.
 - The class token is always trained and counts toward the budget.
 
-Defaults are `r` 8, `alpha` 10, `beta` 5 and a `budget` of 0.4 for a ViT-B/16, scaled by the number of adapted weights
+Defaults are `r` 8, `alpha` 10, `beta` 5, and a `budget` of 0.4 for a ViT-B/16, scaled by the number of adapted weights
 for other models. If a module exceeds the remaining budget, individual weights use up the rest, so the parameter count
 is exact. The authors' code uses the closest possible count.
 """
@@ -540,6 +541,6 @@ FIXED_MASK = Method(
 
 over all adapted matrices, and 0 elsewhere; the sum is over batches. This is the "pre-defined" row of Table XVII; its
 kernels are `p_linear` and `mix_k` (default). The paper does not state the mask size; the default is SPT's budget, 0.4
-on a ViT-B/16 and proportional on other models. `ΔW` and `S` are nonzero at initialization (about 1/m with mix_k, m the
-output width). The mask's positions are saved with the factors.
+for a ViT-B/16 and proportional for other models. `ΔW` and `S` are nonzero at initialization (about 1/m with mix_k,
+where m is the output width). The mask's positions are saved with the factors.
 """

@@ -1,4 +1,4 @@
-"""Demo that compares a linear probe, LoRA and SNELLA on images of solar cells."""
+"""Demo that compares a linear probe, LoRA, and SNELLA on images of solar cells."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ DEMO_SETTINGS: dict[str, Any] = {
     "tta": 1,
     "seed": 0,
 }
-"""Settings that all methods share. All other settings are the defaults of `snella train`.
+"""Settings that all methods share. Settings that are neither here nor in `DEMO_METHODS` have their default values.
 
 Test-time augmentation is disabled to keep the demo short."""
 
@@ -51,13 +51,13 @@ adapt only the last six of twelve blocks, so that the demo takes a few minutes. 
 def run_demo(
     out: str | Path = "runs/demo", *, overwrite: bool = False, console: Console | None = None, **settings: Any
 ) -> Path:
-    """Train a linear probe, LoRA and SNELLA on the same split and compare them.
+    """Train a linear probe, LoRA, and SNELLA on the same split, and compare them.
 
     Args:
-        out: Run folder of SNELLA, which also contains `comparison.json`. The other methods use subfolders.
+        out: Run folder for SNELLA, which also contains `comparison.json`. The other methods use subfolders.
         overwrite: Replace earlier runs.
         console: Output console, or None for stdout.
-        **settings: Settings of all methods, which override `DEMO_SETTINGS` and `DEMO_METHODS`.
+        **settings: Settings for all methods, which override `DEMO_SETTINGS` and `DEMO_METHODS`.
 
     Returns:
         Path of the run folder.

@@ -14,7 +14,7 @@ from snella_app.text import first_line
 
 
 def load_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
-    """Load a model, tokenizer or processor from a folder or the hub.
+    """Load a model, tokenizer, or processor from a folder or the hub.
 
     Args:
         kind: Class with a `from_pretrained` method.
@@ -23,7 +23,7 @@ def load_pretrained(kind: Any, name: str, option: str, **options: Any) -> Any:
         **options: Other arguments of `from_pretrained`.
 
     Raises:
-        FileNotFoundError: If the folder does not contain an object of this class.
+        FileNotFoundError: If no object of this class can be loaded from the folder.
         ConnectionError: If `name` is not a local folder and cannot be loaded from the hub or its cache.
     """
     folder = expand_user(name)

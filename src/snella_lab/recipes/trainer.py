@@ -1,6 +1,6 @@
-"""Model, optimizer, trainer and run record that the recipes share.
+"""Model, optimizer, trainer, and run record that the recipes (DreamBooth and instruction fine-tuning) share.
 
-SNELLA limits the number of weights that each update changes. This number is the budget of the adapted matrix.
+SNELLA limits the number of weights that the update of a matrix may change. This number is the budget of the matrix.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn
 
     Args:
         method: A PEFT adapter (`snella`, `snell`, `lora`, `dora`; `lora-8` sets the rank), or `full`.
-        model: Freshly loaded model, which is changed in place, so that its pipeline uses the adapter.
-        options: Options of the method. `target_modules` defaults to `to_q`, `to_k`, `to_v` and `to_out.0` in Stable
+        model: Freshly loaded model, which is changed in place, so that a pipeline that contains it uses the adapter.
+        options: Options of the method. `target_modules` defaults to `to_q`, `to_k`, `to_v`, and `to_out.0` in Stable
             Diffusion 3, as in the paper, and to all linear layers in language models.
 
     Returns:
-        A `PeftModel` around the model, or the model itself with `full`.
+        A `PeftModel` around the model, or the model itself for `full`.
 
     Raises:
         ValueError: If the method, an option or a value is invalid, or if the method needs a classifier head.
@@ -77,7 +77,7 @@ def build_low_bit_optimizer(
         model: Model from `adapt_headless`, on its device.
         requested: `auto`, `adamw` or `adamw8bit`.
         device: Training device.
-        lr: Learning rate of the factors, or of all trainable parameters.
+        lr: Learning rate of the factors of SNELLA and SNELL, or of all trainable parameters for other methods.
         scalar_lr: Learning rate of the scalar kernel parameters of SNELLA and SNELL. None selects the default of
             `create_snella_optimizer`.
         weight_decay: Decoupled weight decay, which is not applied to the scalar kernel parameters.
@@ -113,7 +113,7 @@ def _choose_adamw(requested: str, device: torch.device) -> tuple[type[Optimizer]
             raise RuntimeError("its step leaves parameters unchanged")
         return optimizer_cls, "8-bit AdamW of bitsandbytes"
     except Exception as error:
-        # any exception, because bitsandbytes can be missing, outdated or without a kernel for this device
+        # any exception, because bitsandbytes can be missing, outdated, or without a kernel for this device
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if requested == "adamw8bit":
             raise ImportError(
@@ -169,7 +169,7 @@ class RecipeTrainer(CheckpointingTrainer):
 
     @property
     def allocator(self) -> BudgetAllocator | None:
-        """Budget allocator, available once training has started, or None for methods without budgets."""
+        """Budget allocator. None for methods without budgets, and possibly until training starts."""
         return None if self.allocation is None else self.allocation.allocator
 
     def fit(self) -> None:
@@ -213,7 +213,7 @@ class RecipeTrainer(CheckpointingTrainer):
         )
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
-        """Return the error for a non-finite loss or gradient, which suggests the settings to lower."""
+        """Return the error for a non-finite loss or gradient, with a message that suggests which settings to lower."""
         optim = self.config.optim
         scaling = self.config.method.scaling
         options = {"lr": optim.lr, "scalar-lr": optim.scalar_lr, "scaling": scaling}
@@ -285,7 +285,7 @@ def describe_run(
         data: The training data.
         packages: Packages whose versions are recorded.
     """
-    # the command line omits settings with their default; required settings, which have none, get a placeholder here
+    # the command line omits settings that equal their default; required settings, without one, get a placeholder here
     default = type(config).from_flat(**dict.fromkeys((*config.required, "out"), "-"))
     return RunInfo(
         status="running",

@@ -171,7 +171,7 @@ def test_a_small_moco_v3_vit_has_twelve_heads(tmp_path):
         assert checkpoint.num_heads == heads
         vit = infer_architecture(checkpoint, source="w.pth")
         assert (vit.name, vit.options) == ("vit_small_patch16_224", {"num_heads": 12} if heads else {})
-    with pytest.raises(ValueError, match=r"have 12 attention heads, backbone 'vit_small_patch16_224' has 6"):
+    with pytest.raises(ValueError, match=r"have 12 attention heads, but backbone 'vit_small_patch16_224' has 6"):
         create_backbone("vit_small_patch16_224", num_classes=0, weights=str(tmp_path / "row.pth"), img_size=32)
 
 

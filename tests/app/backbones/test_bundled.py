@@ -150,7 +150,8 @@ def test_a_package_without_its_file_is_reported(tmp_path, monkeypatch):
 def test_a_damaged_or_unknown_file_in_the_package_is_rejected(tmp_path, monkeypatch):
     fake_package(tmp_path, monkeypatch, b"something else")
     digest = hashlib.sha256(b"something else").hexdigest()[:8]
-    with pytest.raises(ValueError, match=rf"w\.pth' is damaged or has another version: .* with {digest} instead of"):
+    message = rf"w\.pth' is damaged or from a different version: .* with {digest} instead of"
+    with pytest.raises(ValueError, match=message):
         create_backbone(LITE, num_classes=2)
 
 

@@ -45,7 +45,7 @@ def test_the_architecture_is_inferred_from_the_path(write_npz, tmp_path):
 
 def test_a_wrong_number_of_heads_is_rejected_even_if_all_shapes_match(tiny_vit, write_npz, tmp_path):
     write_npz(tiny_vit(num_heads=4), tmp_path / "vit.npz")
-    with pytest.raises(ValueError, match=r"vit\.npz' have 4 attention heads, backbone 'test_vit' has 2"):
+    with pytest.raises(ValueError, match=r"vit\.npz' have 4 attention heads, but backbone 'test_vit' has 2"):
         load(tmp_path / "vit.npz")
 
 

@@ -102,7 +102,7 @@ def test_merge_writes_a_file(run, tmp_path, capsys):
     assert lines[0].startswith("# predict uses the final head on several layers; ")
     assert lines[1].startswith("# predict divides the outputs of the final head by the temperature ")
     assert loaded.info.tta == 2 and lines[2].startswith(
-        "# predict averages an image and its flip, unless --tta 1 is set; "
+        "# predict averages the outputs for an image and its flip, unless --tta 1 is set; "
     )
 
 

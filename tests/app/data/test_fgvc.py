@@ -122,9 +122,9 @@ def test_missing_files_and_malformed_lists_are_reported_in_one_message(cub):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a.jpg": "²"}, r"test.json must map each image to an integer, invalid entries \(1\): 'a.jpg': '²'"),
+        ({"a.jpg": "²"}, r"test.json must map each image to an integer; invalid entries \(1\): 'a.jpg': '²'"),
         ([1, 2], r"test.json must contain an object \{image path: class\}, got '\[1, 2\]'"),
-        ({"a.jpg": "bird"}, r"test.json must map each image to an integer, invalid entries \(1\): 'a.jpg': 'bird'"),
+        ({"a.jpg": "bird"}, r"test.json must map each image to an integer; invalid entries \(1\): 'a.jpg': 'bird'"),
         ({"a.jpg": 1.5, "b.jpg": True}, r"invalid entries \(2\): 'a.jpg': 1.5, 'b.jpg': True"),
     ],
 )

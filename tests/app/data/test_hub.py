@@ -242,7 +242,7 @@ def test_transformed_items_and_other_objects_are_rejected():
         load_data(TorchImages(range(20), lambda i: torch.zeros(3, 8, 8)))
     pixels = load_data(TorchImages(range(20), lambda i: torch.full((3, 8, 8), i, dtype=torch.uint8)))
     assert pixels.train.image(0).getpixel((0, 0)) == (int(pixels.train.names[0][6:]),) * 3
-    with pytest.raises(TypeError, match=r"must be a specification like folder:photos, or map-style .* got int"):
+    with pytest.raises(TypeError, match=r"must be a specification such as folder:photos, or map-style .* got int"):
         load_data(3)
 
 

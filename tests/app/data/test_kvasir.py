@@ -32,12 +32,12 @@ def test_without_split_files_names_define_the_split_with_a_note(folder):
 
 def test_inconsistent_split_files_are_rejected(folder):
     (folder / "train.txt").write_text("000\n001\n002\nghost\n")
-    with pytest.raises(ValueError, match=r"train.txt exists but val.txt does not; add it, or remove the other"):
+    with pytest.raises(ValueError, match=r"train.txt exists but val.txt does not; add it, or remove train.txt"):
         load_data(f"kvasir:{folder}")
     (folder / "val.txt").write_text("002\n003\n")
     with pytest.raises(ValueError) as caught:
         load_data(f"kvasir:{folder}")
-    assert "1 name in train.txt without image and mask: ghost" in str(caught.value)
+    assert "1 name in train.txt without an image and a mask: ghost" in str(caught.value)
     assert "1 name in both train.txt and val.txt: 002" in str(caught.value)
 
 

@@ -89,7 +89,7 @@ def test_a_missing_column_error_describes_all_columns(write_table):
     [
         (
             "file=path",
-            "columns must be ROLE=NAME pairs like path=file,label=species with roles path, .* got 'file=path'",
+            "columns must be ROLE=NAME pairs such as path=file,label=species with roles path, .* got 'file=path'",
         ),
         ("labl=species", "got 'labl=species'; nearest: label"),
         ("label", "got 'label'"),
@@ -190,7 +190,7 @@ def test_repeated_rows_are_skipped_and_contradictions_noted(write_table):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (lambda i: "cat", "at least two classes are required, column 'species' has one: 'cat'"),
+        (lambda i: "cat", "at least two classes are required; column 'species' has one: 'cat'"),
         (
             lambda i: str(i),
             "column 'species' must contain classes, got 50 different values in 50 rows, e.g. '0', '1'",
@@ -319,7 +319,7 @@ def test_timestamps_out_of_range_in_a_parquet_file_are_a_one_line_error(tmp_path
     [
         ("", "must have one row per image, got an empty table"),
         ("file,label\n", "must have one row per image, got an empty table"),
-        ("file,file\na,b\n", "must have unique column names, got 'file' twice"),
+        ("file,file\na,b\n", "must have unique column names, got duplicates of 'file'"),
         ("file,label\na,b,c\n", "must have 2 values per line, one for each of file, label, but row 1 has 3"),
         (b"file,label\na,caf\xe9\n", r"must be a CSV file in UTF-8: .*; save it as CSV \(UTF-8\)"),
     ],
@@ -361,14 +361,14 @@ def test_text_instead_of_numbers_is_reported_even_with_skip_corrupt(write_table)
     file = write_table(rows_of(12))
     for skip_corrupt in (False, True):
         with pytest.raises(
-            ValueError, match=r"'species' must contain numbers for task regression, got 'cat' in row 1 and"
+            ValueError, match=r"'species' must contain numbers for the regression task, got 'cat' in row 1 and"
         ):
             load_data(f"csv:{file}", DataConfig(columns="label=species", skip_corrupt=skip_corrupt), target="numbers")
 
 
 def test_the_reasons_for_unusable_rows_are_reported(write_table):
     file = write_table([(f"images/gone{i}.png", "ab"[i % 2], "p") for i in range(4)])
-    with pytest.raises(ValueError, match=r"no images to train on, all are unusable: 4 of 4 rows of .*, 4 no such file"):
+    with pytest.raises(ValueError, match=r"no images to train on; all are unusable: 4 of 4 rows of .*, 4 no such file"):
         load_data(f"csv:{file}", DataConfig(columns="label=species,group=none", skip_corrupt=True))
 
 

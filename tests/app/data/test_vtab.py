@@ -101,12 +101,12 @@ def test_all_errors_are_reported_in_one_message(kitti):
     with pytest.raises(ValueError) as caught:
         load_data(f"vtab:{kitti}", DataConfig(strict_sizes=False))
     for part in (
-        "val200.txt must have lines like 'images/test/000000.jpg 3', malformed lines (2): line 6 is 'x.jpg --1', l",
+        "val200.txt must have lines such as 'images/test/000000.jpg 3'; malformed lines (2): line 6 is 'x.jpg --1'",
         "2 of 8 files listed in test do not exist in",
         "images/test/000003.jpg, images/test/000004.jpg",
-        "labels must be in 0 … 3, train800 has 7",
+        "labels must be in 0 … 3; train800 has 7",
         "val200 has 1 duplicate file: images/val200/000000.jpg",
-        "train800val200.txt must list the labels of train800.txt, then of val200.txt",
+        "train800val200.txt must list the labels of train800.txt, then those of val200.txt",
     ):
         assert part in str(caught.value)
     assert "strict_sizes" not in str(caught.value)

@@ -103,15 +103,15 @@ def test_a_replaced_image_is_detected_in_the_evaluated_split(run_of, my_photos):
     assert before["notes"] == []
     replace_pixels(splits.test.source.paths[splits.test.rows[0]])
     with pytest.raises(
-        ValueError, match=r"with the same names but other contents in folder:.*my_photos \(test\): .*or train a new run"
+        ValueError, match=r"the same names but different contents in folder:.*my_photos \(test\): .*or train a new run"
     ):
         evaluate(run.path)
-    with pytest.raises(ValueError, match=r"other contents in folder:.*my_photos \(test\)"):
+    with pytest.raises(ValueError, match=r"different contents in folder:.*my_photos \(test\)"):
         evaluate(run.path, split="all")
     assert evaluate(run.path, split="val")["split"] == "val"
     other = evaluate(run.path, f"folder:{my_photos}")
     assert other["split"] == "all"
-    note = "the files have the same names as the run's images but other contents in test: evaluated as other data"
+    note = "the files have the same names as the run's images but different contents in test: evaluated as other data"
     assert note in other["notes"]
 
 
@@ -136,7 +136,7 @@ def test_unused_test_images_are_not_read(settings, console, no_report):
 def test_resuming_on_replaced_images_is_rejected(interrupted, my_photos):
     train_images = splits_of(interrupted).train
     replace_pixels(train_images.source.paths[train_images.rows[0]])
-    with pytest.raises(ValueError, match=r"other contents in folder:.*my_photos \(train\): images were replaced"):
+    with pytest.raises(ValueError, match=r"different contents in folder:.*my_photos \(train\): images were replaced"):
         train(TrainConfig.from_flat(out=interrupted.run.out, resume=True), Console(file=io.StringIO()))
 
 
@@ -162,7 +162,7 @@ def test_a_relative_folder_is_found_from_another_directory(photos, tmp_path, mon
     assert absolute_folder("folder:all") == str(photos) and absolute_folder("digits") is None
     monkeypatch.chdir(tmp_path)
     assert find_data(tmp_path, "folder:all", stored) == f"folder:{photos}"
-    with pytest.raises(FileNotFoundError, match=r"no folder at folder:all \(then .*gone\); pass its new location"):
+    with pytest.raises(FileNotFoundError, match=r"no folder at folder:all or .*gone; pass its new location"):
         find_data(tmp_path, "folder:all", str(tmp_path / "gone"))
 
 
@@ -182,7 +182,7 @@ def test_relative_datasets_and_shards_are_found_from_another_directory(tmp_path,
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert {spec: find_data(tmp_path, spec, stored[spec]) for spec in specs} == specs
     assert find_data(tmp_path, "hf:owner/name", None) == "hf:owner/name"
-    with pytest.raises(FileNotFoundError, match=r"no folder at hf:data \(then .*gone\); pass its new location"):
+    with pytest.raises(FileNotFoundError, match=r"no folder at hf:data or .*gone; pass its new location"):
         find_data(tmp_path, "hf:data", str(tmp_path / "gone"))
 
 
@@ -190,7 +190,7 @@ def test_resuming_on_changed_images_is_rejected_and_changes_nothing(interrupted,
     run = RunFolder(interrupted.run.out)
     before = (run.path / "run.json").read_bytes()
     (my_photos / "cats" / "000.png").rename(my_photos / "cats" / "zzz.png")
-    with pytest.raises(ValueError, match=r"in .*my_photos, got the same number of other files"):
+    with pytest.raises(ValueError, match=r"in .*my_photos, got the same numbers of images, but different names"):
         train(TrainConfig.from_flat(out=interrupted.run.out, resume=True), Console(file=io.StringIO()))
     assert (run.path / "run.json").read_bytes() == before
 

@@ -82,7 +82,7 @@ def test_replaced_pixels_and_changed_groups_are_detected(fast, photos, tmp_path,
         evaluate(run.path)
     write("g")
     Image.new("RGB", (32, 32)).save(root / load_run(run.path).folder.read_json("predictions.json")["items"][0]["name"])
-    with pytest.raises(ValueError, match="files with the same names but other contents"):
+    with pytest.raises(ValueError, match="files with the same names but different contents"):
         evaluate(run.path, split="val")
     assert first[0].label in ("cats", "dogs", "owls")
 

@@ -94,9 +94,11 @@ def test_a_graph_gives_the_probabilities_of_the_run_for_any_batch_size(name, any
 def test_a_graph_exported_with_logits_gives_the_raw_outputs_of_the_model(name, finished, images, expected, tmp_path):
     result = export(finished.path, name, tmp_path / "model", logits=True)
     assert (reader(name, result.path)(images) - expected).abs().max() <= MAX_RELATIVE_ERROR * expected.abs().max()
-    assert result.notes[1].startswith("outputs are logits without temperature: softmax(outputs / ")
+    assert result.notes[1].startswith("outputs are uncalibrated logits: softmax(outputs / ")
     assert " gives the probabilities of predict --tta 1; the temperature is " in result.notes[1]
-    assert result.notes[2].startswith("predict averages an image and its flip, unless --tta 1 is set; this model ")
+    assert result.notes[2].startswith(
+        "predict averages the outputs for an image and its flip, unless --tta 1 is set; this model "
+    )
     with pytest.raises(ValueError, match="opset=0 is an option of format onnx, not of torchscript"):
         export(finished.path, "torchscript", tmp_path / "other", opset=0)
     with pytest.raises(ValueError, match="logits=True is an option of format onnx, torchscript, torch-export, not of"):
@@ -375,7 +377,7 @@ def test_the_command_prints_the_loading_code(finished, tmp_path, capsys):
     assert "from snella import load_sparse" in printed and "bit for bit" in printed
     temperature = finished.read_json("run.json")["calibration"]["temperature"]
     divided = f"softmax(outputs / {temperature:g}) gives the probabilities of predict --tta 1"
-    assert f"{divided}; the temperature is 'temperature' in its" in printed
+    assert f"{divided}; the temperature is stored as 'temperature' in the metadata" in printed
     assert main(["export", str(finished.path), "--format", "timm", "--opset", "18"]) == 2
     assert "--opset 18 is an option of format onnx, not of timm; leave it out" in capsys.readouterr().err
 

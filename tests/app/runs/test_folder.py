@@ -241,7 +241,7 @@ def test_a_kill_during_overwrite_leaves_a_resumable_or_rejected_folder(tmp_path,
             outcomes.append(str(error).partition(": ")[2])
         if next(changes) <= number:
             break
-    refused = "the run was started with other settings; restore the file, or train again with `--overwrite`"
+    refused = "the run was started with different settings; restore the file, or train again with `--overwrite`"
     assert (
         outcomes[0] == 10
         and set(outcomes) == {10, refused, 3}

@@ -76,8 +76,8 @@ def test_missing_class_names_are_a_one_line_error(forged):
 @pytest.mark.parametrize(
     ("entry", "value", "message"),
     [
-        ("peft_type", "NONE", "peft_type in .* must be a method of PEFT, got 'NONE'$"),
-        ("peft_type", None, "peft_type in .* must be a method of PEFT, got None$"),
+        ("peft_type", "NONE", "peft_type in .* must be a PEFT method, got 'NONE'$"),
+        ("peft_type", None, "peft_type in .* must be a PEFT method, got None$"),
         ("trainable_token_indices", [99], "'embed_tokens'"),
         ("r", -1, "r must be at least 1, got r=-1"),
         ("target_modules", 7, r"target_modules must be of type set\[str\] \| list\[str\] \| str \| None, got 7"),

@@ -285,7 +285,7 @@ def test_folders_support_labels_and_numeric_classes(make_photos, tmp_path):
     run = train(TrainConfig.from_flat(**base, task="ordinal", out=str(tmp_path / "o")), QUIET, render_report=False)
     assert run.read_json("run.json")["classes"] == ["1", "2", "10"]
     names = make_photos(tmp_path / "names", {"cats": 6, "dogs": 6})
-    with pytest.raises(ValueError, match=r"column of numbers for task regression.* with classes 'cats', 'dogs'"):
+    with pytest.raises(ValueError, match=r"column of numbers for the regression task.* with classes 'cats', 'dogs'"):
         train(
             TrainConfig.from_flat(**{**base, "data": f"folder:{names}"}, task="regression", out=str(tmp_path / "r")),
             QUIET,

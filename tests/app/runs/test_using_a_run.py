@@ -117,7 +117,7 @@ def test_swapped_arguments_are_reported(finished, photos):
     image = photos / "cats" / "000.png"
     with pytest.raises(ValueError, match=r"run must be the folder of a run, got the file '.*000\.png'; pass the run"):
         load(image)
-    with pytest.raises(ValueError, match=r"got '.*cats'; '.*run' is a run, pass it before the images"):
+    with pytest.raises(ValueError, match=r"got '.*cats'; '.*run' is a run; pass it before the images"):
         predict_to_files(str(photos / "cats"), [str(finished.path)])
 
 

@@ -104,7 +104,7 @@ def test_masks_are_remapped_to_the_classes_of_the_run():
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "segmentation"])
 def test_other_tasks_reject_images_with_masks(name):
     task, masked = create_task(name, ["a", "b", "c"]), object.__new__(MaskDataset)
-    with pytest.raises(ValueError, match=f"segmentation for images with masks like masks:x, got {name!r}; add"):
+    with pytest.raises(ValueError, match=f"segmentation for images with masks such as masks:x, got {name!r}; add"):
         task.check_data(masked, "masks:x")
 
 

@@ -120,7 +120,7 @@ def test_an_interrupted_cross_validation_is_resumed(fast, console, tmp_path, mon
     root = tmp_path / "run"
     with pytest.raises(FileNotFoundError, match=r"has 1 of 3 folds; finish it with snella train --out .*run --resume"):
         load_run(root)
-    with pytest.raises(FileExistsError, match="contains a cross-validation of 3 folds; continue it with --resume"):
+    with pytest.raises(FileExistsError, match="contains a cross-validation with 3 folds; continue it with --resume"):
         train_folds(fast(), console)
     with pytest.raises(
         ValueError, match=r"resume continues .* with its stored settings, but epochs is 1 there and 2 here"

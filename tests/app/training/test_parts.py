@@ -235,8 +235,8 @@ def test_the_memory_warning_suggests_compression_for_snella(monkeypatch):
 
 
 RISEN = (
-    "the training loss has risen from 2.0000 to 641.0000: the learning rate is too high; "
-    "stop and retry with a third of --lr"
+    "the training loss has risen from 2.0000 to 641.0000: the learning rate is probably too "
+    "high; stop the run and retry with --lr reduced to a third"
 )
 
 

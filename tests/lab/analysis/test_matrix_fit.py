@@ -170,7 +170,7 @@ def test_interrupted_call_resumes_with_the_missing_kernels(tmp_path, monkeypatch
     assert resumed[1].rows[0]["mse"] == pytest.approx(
         np.mean([row["mse"] for row in resumed[1].tables["matrices"][:2]])
     )
-    with pytest.raises(ValueError, match="contains fits with other settings"):
+    with pytest.raises(ValueError, match="contains fits with different settings"):
         fit_matrices(FitConfig(size=6, ranks=(2, 4), matrices=2, r=2, steps=4), tmp_path)
     for damaged in ('{"fits": []}', '{"fits": {}}', '{"fits": {}, "settings"'):
         (tmp_path / "damaged.json").write_text(damaged)

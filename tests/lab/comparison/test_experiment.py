@@ -238,7 +238,7 @@ def test_labels_become_folder_names():
         ("Table 1", "published must be a mapping, got 'Table 1'"),
         (["a"], r"published must be a mapping, got \['a'\]"),
         ([], r"published must be a mapping, got \[\]"),
-        ({"source": "a", "orderings": None}, "published must contain 'source', .* a list 'orderings' or both"),
+        ({"source": "a", "orderings": None}, "published must contain 'source', .* a list 'orderings', or both"),
         ({"source": "a", "orderings": 5}, "published must contain 'source', .* got .*'orderings': 5"),
     ],
 )

@@ -82,13 +82,13 @@ def test_large_comparisons_have_several_units_per_index(tiny, tmp_path):
     train = write_slurm_scripts(tmp_path, experiment, execution).with_name("train.sh")
     assert f"--array=0-{MAX_PARTS - 1}\n" in train.read_text() and f"/{MAX_PARTS}" in train.read_text()
     write_slurm_scripts(tmp_path, experiment, execution)
-    with pytest.raises(FileExistsError, match=r"emit_to=.*jobs contains another train.sh; choose an empty or new"):
+    with pytest.raises(FileExistsError, match=r"emit_to=.*jobs contains a different train.sh; choose an empty or new"):
         write_slurm_scripts(tmp_path / "other", experiment, execution)
 
 
 def test_other_scripts_are_not_overwritten(tiny, tmp_path):
     (tmp_path / "report.sh").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"contains another report\.sh"):
+    with pytest.raises(FileExistsError, match=r"contains a different report\.sh"):
         write_slurm_scripts(tmp_path / "run", tiny(), ExecutionConfig(emit="slurm", emit_to=str(tmp_path)))
     assert (tmp_path / "report.sh").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 

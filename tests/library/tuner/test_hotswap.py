@@ -193,7 +193,7 @@ def test_mismatched_adapter_raises_without_changes(folders, tmp_path):
     for peft_type, shown in (('"OTHER"', "'OTHER'"), ("null", "None")):
         config.write_text(stored.replace('"LORA"', peft_type))
         with pytest.raises(
-            ValueError, match=rf"peft_type in .*lora.adapter_config\.json must be a method of PEFT, got {shown}$"
+            ValueError, match=rf"peft_type in .*lora.adapter_config\.json must be a PEFT method, got {shown}$"
         ):
             hotswap(model, tmp_path / "lora")
     with pytest.raises(FileNotFoundError, match="nowhere contains no adapter"):

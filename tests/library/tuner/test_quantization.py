@@ -522,7 +522,7 @@ def test_has_fp16_weights_raises():
 def test_other_bitsandbytes_modules_raise_with_name():
     model = nn.ModuleDict({"lin": skip_without("bitsandbytes").nn.StableEmbedding(4, 4)})
     with pytest.raises(
-        NotImplementedError, match=r"'lin', a StableEmbedding of bitsandbytes; supported quantized layers are"
+        NotImplementedError, match=r"'lin', a bitsandbytes StableEmbedding; supported quantized layers are"
     ):
         get_peft_model(model, SnellaConfig(target_modules=["lin"]))
 

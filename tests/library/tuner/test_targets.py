@@ -15,7 +15,7 @@ from torch import nn
 from snella import SnellaConfig, SnellaModel
 from snella import targets as targets_module
 from snella.matrices import adapted_matrices
-from snella.targets import all_linear_names, block_number, count_rows, head_layers
+from snella.targets import all_linear_names, block_number, count_rows, head_layers, plain_convolution_names
 
 
 def adapted_modules(model, **settings):
@@ -212,6 +212,18 @@ def test_even_kernel_with_same_padding_raises_with_a_hint():
     model = nn.Sequential(nn.Conv2d(1, 2, 2, padding="same"))
     with pytest.raises(NotImplementedError, match=r"kernel_size=\[2, 2\] with dilation=\[1, 1\]; pad the input"):
         get_peft_model(model, SnellaConfig(target_modules=["0"]))
+
+
+def test_even_kernel_with_even_dilation_is_adapted():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 2, padding="same", dilation=2))
+    model.append(nn.Conv2d(4, 4, 2, padding="same"))
+    assert plain_convolution_names(model) == ["1"]
+    adapted = get_peft_model(model, SnellaConfig(target_modules=["1"]))
+    images = torch.randn(2, 3, 8, 8)
+    outputs = adapted(images)
+    outputs.sum().backward()
+    adapted.eval()
+    torch.testing.assert_close(adapted.merge_and_unload()(images), outputs)
 
 
 def test_custom_forward_raises():

@@ -1,7 +1,8 @@
 """Numba backend: multithreaded piecewise kernels on the CPU.
 
 The Numba kernels in `forward` and `backward` process a matrix in blocks of columns. The column statistics are the
-maximum logit, scale and inverse sum of the softmax. The shape letters are defined in `forward`.
+maximum logit, the scale (`α` times the inverse sum), and the inverse sum of exponentials of each column's softmax. The
+shape letters are defined in `forward`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from snella.update import Update, UpdateSpec
 
 _MAX_WIDTH = 192  # columns of a block
 _MIN_WIDTH = 96
-_MIN_BLOCKS = 6  # enough parallelism for a few threads
+_MIN_BLOCKS = 6  # if the matrix is wide enough: parallelism for a few threads
 _WORKSPACE_ENTRIES = 1 << 20  # entries of a block's two matrices, which must fit in the cache
 _MAX_CHUNKS = 16  # each chunk allocates a partial gradient of B
 _MIN_ENTRIES_FOR_THREADS = 1 << 17  # smaller matrices are processed by one thread
@@ -45,7 +46,7 @@ class PackedFactors(NamedTuple):
     """Inputs of the Numba kernels for one matrix: `A` `[n, K]`, `B` `[m, K]`, `coeff` `[P]`, and softmax scalars.
 
     `softmax` contains `1/γ`, the weight of the linear term, `α`, `β` (minus `α/m` if the softmax is centered), and
-    whether the kernel has a softmax.
+    whether the kernel function has a softmax. `KernelScalars` explains the symbols.
     """
 
     A: np.ndarray
@@ -69,7 +70,7 @@ class NumbaBackend(Backend):
 
     Only the threshold selection writes a merged matrix. With a known threshold, the backend computes the effective
     weight and the gradients directly from the factors. With `cache_delta`, autograd saves the effective weight instead
-    of `ΔW`. For the factors' gradients, autograd also saves the softmax statistics, three numbers per column.
+    of `ΔW`. For the factors' gradients, autograd also saves the column statistics, three numbers per column.
     """
 
     name = "numba"
@@ -169,7 +170,8 @@ def _merge_matrix(
 ) -> _Matrix:
     """Return a matrix's state, after selecting its threshold if it is `None`.
 
-    The selection writes the column statistics into `stats`. With a known threshold, `needs_stats` requests them.
+    The selection writes the column statistics into `stats`. With a known threshold, they are computed only if
+    `needs_stats`.
     """
     shape = (packed.B.shape[0], packed.A.shape[0])
     width, blocks = _blocks(shape)
@@ -198,7 +200,7 @@ def _add_matrix(spec: UpdateSpec, matrix: _Matrix, base: np.ndarray, out: np.nda
 
 
 def use_sddmm(spec: UpdateSpec, budget: int, size: int) -> bool:
-    """Return whether to compute a ∂L/∂W with `size` entries only where the update is nonzero (SDDMM).
+    """Return whether to compute the ∂L/∂W of a matrix with `size` entries only where the update is nonzero (SDDMM).
 
     Sampled dense-dense matrix multiplication computes one dot product per nonzero entry.
     """
@@ -216,7 +218,8 @@ def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, o
         out: Zeros, `[rows, n]`, float32 or float64.
 
     Raises:
-        RuntimeError: If the threshold does not belong to the current factors.
+        RuntimeError: If a block has more entries above the threshold than the budget allows, because the threshold
+            does not belong to the current factors.
     """
     packed, shape = matrix.packed, matrix.shape
     width, blocks = _blocks(shape)
@@ -293,7 +296,7 @@ def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
         required = [name for name in kernel.scalars if name != "temperature"]
         raise ValueError(f"kernel {kernel.name!r} requires the scalars {required}, got None")
     scales, shifts = [[0.0] * num_matrices if s is None else s.detach().tolist() for s in (alpha, beta)]
-    # computed in torch, because Python raises an error for a zero and NumPy warns of an overflow
+    # computed in torch, because Python raises an error for a temperature of 0, and NumPy warns of an overflow
     inverses = [1.0] * num_matrices if temperature is None else (1 / temperature.detach().double()).float().tolist()
     linear = np.float32(1.0 if isinstance(kernel, MixK) or not has_softmax else 0.0)
     arrays = [as_array(tensor.to(torch.float32).contiguous()) for tensor in (A, B, coeff)]
@@ -309,13 +312,14 @@ def pack_factors(spec: UpdateSpec, factors: Factors) -> list[PackedFactors]:
 def select_threshold(value: np.ndarray, budget: int, bins: np.ndarray) -> np.float32:
     """Return the `(budget + 1)`-th largest magnitude of `value`, or 0 for a full budget.
 
-    The histograms `bins` of the blocks determine its bin, and only the entries of this bin are partitioned.
+    The histograms `bins` of the blocks determine the bin of this magnitude, and only the entries in this bin are
+    partitioned.
     """
     if budget == value.size:
         return np.float32(0)
     width, blocks = _blocks(value.shape)
     counts = np.add.reduce(bins, 0, np.int64)
-    cumulative = counts[::-1].cumsum()  # number of entries in each bin and above, from the top
+    cumulative = counts[::-1].cumsum()  # number of entries in each bin and all higher ones, from the top
     position = int(cumulative.searchsorted(budget, side="right"))
     bin_index = forward.HISTOGRAM_BINS - 1 - position
     num_above = int(cumulative[position]) - int(counts[bin_index])
@@ -372,8 +376,8 @@ def _run(function: Callable[..., None], count: int, shape: tuple[int, ...], *arg
 def parallel_for(tasks: Sequence[Callable[[], None]], threads: int) -> None:
     """Run all tasks on up to `threads` threads and wait for them.
 
-    Uses torch's OpenMP threads if available, otherwise a thread pool. OpenMP threads spin for a few milliseconds after
-    each product, so other threads would compete with them. Raises the first error after all tasks have ended.
+    Uses torch's OpenMP threads or, if they are unavailable, a thread pool. OpenMP threads spin for a few milliseconds
+    after each product, so other threads would compete with them. Raises the first error after all tasks have ended.
     """
     remaining = iter(tasks)
     errors: list[BaseException] = []

@@ -1,8 +1,8 @@
 """Numba kernels of the backward pass, from ∂L/∂W to the factors and scalars; shape letters as in `forward`.
 
-Functions with reassociated sums are inlined. Otherwise, Numba could compile a function twice with different sum orders:
-standalone and inside its caller. A process that loads the caller from the disk cache could then get the other order,
-and a resumed run would differ in the last bits.
+Functions with reassociated sums are inlined. Otherwise, Numba could compile a function twice, standalone and inside its
+caller, with different orders of summation. A process that loads the caller from the disk cache could then use a
+different order than an earlier process, and a resumed run would differ in the last bits.
 """
 
 # ruff: noqa: D103
@@ -54,8 +54,9 @@ def merge_block_and_gradient(
     exps,
     scratch,
 ):
-    # value[i, j] = G = grad·scaling·∂S/∂ΔW of the block, row by row; ΔW is bit-identical to `merge_block` through the
-    # column statistics; scratch = squares, Σ_i G, Σ_i G·exps per column; if writes_result: result = base + scaling·S
+    # value[i, j] = G = grad·scaling·∂S/∂ΔW of the block, row by row; ΔW is computed from the column statistics,
+    # bit-identical to that of `merge_block`; scratch = squares, Σ_i G, Σ_i G·exps per column; if writes_result, also
+    # result = base + scaling·S
     inv_temperature, linear, _, beta, has_softmax = softmax
     squares, total, mean = scratch[0], scratch[1], scratch[2]
     m = B.shape[0]
@@ -97,8 +98,8 @@ def merge_block_and_gradient(
 
 @njit(**FASTMATH_REASSOC, inline="always")
 def row_grad_coefs(i, q, w, R, tile, B, coeff, softmax, value, exps, scale, mean, rows, coefs, sums, chunk):
-    # coefs[q, p] = ∂L/∂κ_p·coeff[p] / distance of row i; times B − tile it is the contribution to the gradient of B,
-    # and, negated, of A; sums[chunk] accumulates the row's contribution to the scalars' gradients
+    # coefs[q, p] = ∂L/∂κ_p·coeff[p] / distance of row i; multiplied by B − tile, it is the contribution to the gradient
+    # of B and, negated, to that of A; sums[chunk] accumulates the row's contribution to the scalars' gradients
     _, linear, _, _, has_softmax = softmax
     pieces = coeff.shape[0]
     from_softmax, from_value, squares = rows[0], rows[1], rows[2]
@@ -319,7 +320,7 @@ def factor_gradients(
 
 @compiled(FASTMATH_STRICT_ORDER)
 def list_entries(first, last, width, A, B, coeff, softmax, threshold, rows, columns, counts):
-    # positions of each block's entries above the threshold; counts[block] is their number, -1 if they do not fit
+    # positions of each block's entries above the threshold; counts[block] is their number, or −1 if they do not fit
     m, n = B.shape[0], A.shape[0]
     tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[1], width)
     for block in range(first, last):

@@ -19,15 +19,15 @@ FASTMATH_REASSOC: dict[str, Any] = {
     "error_model": "numpy",
     "fastmath": {"contract", "nsz", "arcp", "reassoc"},
 }
-# Strict order: values computed in several passes must be bit-identical, and `exponential` relies on its order.
+# Strict order: values computed in several passes must be bit-identical, and `exponential` relies on the order.
 FASTMATH_STRICT_ORDER: dict[str, Any] = {**FASTMATH_REASSOC, "fastmath": {"contract", "nsz"}}
-# No contraction: `W0 + scaling·S` rounds like torch, so that a merged weight equals the base plus `get_delta_weight`.
+# No contraction: `W0 + scaling·S` is rounded as in torch, so a merged weight equals `W0` plus `get_delta_weight`.
 NO_CONTRACT: dict[str, Any] = {**FASTMATH_REASSOC, "fastmath": {"nsz"}}
 _ROUND_TO_INT = np.float32(3 << 22)  # float32 values near this constant have spacing 1
 
 
 def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile a function at its first call and cache the result on disk if the cache folder is writable."""
+    """Return a decorator that compiles a function at its first call, with a disk cache if the folder is writable."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         try:
@@ -43,8 +43,8 @@ def compiled(settings: dict[str, Any]) -> Callable[[Callable[..., None]], Callab
 def remove_stale_index(function: Callable[..., None], folder: Path) -> None:
     """Remove Numba's cache index of `function` from `folder` if any source file of the kernels is newer.
 
-    Numba checks only the file that defines the function. It could load a function compiled with an outdated helper from
-    another file and mix both versions of the helper in one process.
+    Numba checks only the file that defines the function. It could therefore load a function that was compiled with an
+    outdated helper of another file, and one process would use both versions of the helper.
     """
     newest = max(file.stat().st_mtime for file in Path(__file__).parent.glob("*.py"))
     for index in folder.glob(f"{Path(function.__code__.co_filename).stem}.{function.__name__}-*.nbi"):
@@ -127,9 +127,9 @@ def _store_from_f32(value, like):
 def exponential(x: Any) -> Any:
     """Compute `exp(x)` for `x ≤ 0` to within two units in the last place; `x` is clamped to at least −87.
 
-    2^k·exp(r) with `|r| ≤ ln 2 / 2`, `k·ln 2` subtracted in two parts, exp(r) by its Taylor series to the 7th power.
-    Requires strict summation order: adding and subtracting a constant rounds `k` to an integer, and the low bits of
-    the sum contain `k`.
+    The result is `2^k·exp(r)`, where `r = x − k·ln 2` is at most `ln 2 / 2` in magnitude. `k·ln 2` is subtracted in two
+    parts, and `exp(r)` is computed from its Taylor series up to degree 7. The order of operations must be strict:
+    adding and subtracting a constant rounds `k` to an integer, and the low bits of the sum contain `k`.
     """
     x = max(x, np.float32(-87))
     shifted = x * np.float32(1.4426950408889634) + _ROUND_TO_INT

@@ -1,13 +1,13 @@
-"""Numba kernels of the forward pass: merge, select and add.
+"""Numba kernels of the forward pass: merge factors into `ΔW`, sparsify it to `S`, and add `scaling·S` to a weight.
 
 A matrix is split into blocks of columns, so that the softmax of each column completes while its block is in the cache.
-Only passes that select the threshold write `ΔW`. With known column statistics, single rows can be merged
+Only passes that select the threshold write `ΔW`. With known column statistics, rows can be merged one at a time,
 contiguously in memory (`merge_row`). Every `compiled` function works on the blocks (or rows) `first … last − 1` without
 the GIL, so that several threads can share a matrix. Results do not depend on how blocks are distributed over threads,
-and values are bit-identical in every pass: `merge_block` and `merge_row` perform the same operations in the same order.
+and `ΔW` is bit-identical in every pass: `merge_block` and `merge_row` perform the same operations in the same order.
 
 Shape letters: `m` outputs, `n` inputs, `P` pieces of width `R`, `K = P·R`, `w` columns of a block. A block's
-part of `A` `[n, K]` is copied to `tile` `[K, w]`, so that the innermost loop is contiguous.
+part of `A` `[n, K]` is transposed into `tile` `[K, w]`, so that the innermost loop is contiguous.
 """
 
 # ruff: noqa: D103
@@ -32,7 +32,7 @@ from snella.backends.numba.compile import (
 
 ZERO = np.float32(0)
 HISTOGRAM_BINS = 1 << 12  # exponent and leading 7 bits of the mantissa, for 32 exponents
-_HISTOGRAM_SHIFT, _FIRST_BIN = np.int32(16), np.int32((127 - 30) << 7)  # starts at 2^-30
+_HISTOGRAM_SHIFT, _FIRST_BIN = np.int32(16), np.int32((127 - 30) << 7)  # the first bin starts at 2^-30
 ROW_TILE_WIDTH = 768  # tile width of row-wise merges: 24 KiB at rank 8
 PREFETCH_DISTANCE = 6  # rows to prefetch ahead
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -41,7 +41,7 @@ SOFT, OFFICIAL, NONE = 0, 1, 2  # modes of `sparsify`
 
 @njit(**FASTMATH_STRICT_ORDER, inline="always")
 def histogram_bin(value):
-    # monotonic in the magnitude; the first and last bin include out-of-range values
+    # monotonic in the magnitude; the first and last bins include out-of-range values
     leading = ((bits_of_float(value) & _MAGNITUDE) >> _HISTOGRAM_SHIFT) - _FIRST_BIN
     return min(max(leading, np.int32(0)), np.int32(HISTOGRAM_BINS - 1))
 
@@ -123,9 +123,9 @@ def is_p2_r8(tile, coeff):
 
 @njit(**FASTMATH_STRICT_ORDER)
 def merge_block(tile, B, coeff, softmax, w, value, exps, inv_sum, scratch):
-    # value[i, j] = linear·κ_p + scale[j]·exps[i, j] + β, κ_p of `weighted_distances`; κ_p without softmax;
-    # exps = exp(κ_p/γ − max_logit), inv_sum[j] = 1 / Σ_i exps; rows of scratch: squares,
-    # max_logit[j] = max_i κ_p/γ, scale = α·inv_sum
+    # value[i, j] = linear·κ_p + scale[j]·exps[i, j] + β, or κ_p without a softmax; κ_p is that of `weighted_distances`,
+    # exps = exp(κ_p/γ − max_logit), and inv_sum[j] = 1 / Σ_i exps; rows of scratch: squares,
+    # max_logit[j] = max_i κ_p/γ, and scale = α·inv_sum
     inv_temperature, linear, alpha, beta, has_softmax = softmax
     m = B.shape[0]
     squares, max_logit, scale = scratch[0], scratch[1], scratch[2]
@@ -233,7 +233,7 @@ def collect(first, last, width, value, lowest, span, offsets, result):
 
 @njit(**NO_CONTRACT)
 def add_row(base, value, source_row, i, start, w, threshold, scaling, mode, result):
-    # result[i, start + j] = base + scaling·S of value[source_row, j], in the dtypes of the arrays
+    # result[i, start + j] = base + scaling·S, where ΔW = value[source_row, j], in the dtypes of the arrays
     if mode == SOFT:
         for j in range(w):
             entry, column = value[source_row, j], np.uintp(start + j)

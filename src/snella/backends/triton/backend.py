@@ -1,7 +1,7 @@
 """Triton backend: sync-free piecewise kernels on a CUDA device, where each launch covers all matrices of a weight.
 
-Sync-free means that the host never waits for a result on the device. The Triton kernels are in `forward`, which defines
-the symbols and the table `layout`, and in `backward`.
+Sync-free means that the host never waits for a result from the device. The Triton kernels are in `forward`, which
+defines the symbols and the table `layout`, and in `backward`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _MIN_CAPABILITY = (7, 0)  # minimum compute capability
 def launch_options(kernel: str, rank: int = 1, pieces: int = 1, aligned: bool = True) -> dict[str, Any]:
     """Return the launch options of a Triton kernel: warps per program and registers per thread, without FMA fusion.
 
-    Without fusion, all kernels compute the same distances. Kernels that `_LAUNCHES` does not list use eight warps.
+    Without fusion, distances are bit-identical in all kernels. Kernels that `_LAUNCHES` does not list use eight warps.
     """
     column = 2 if rank // pieces > 8 else int(rank > 8)
     warps, registers = _LAUNCHES[kernel][column] if kernel in _LAUNCHES else (8, None)

@@ -1,9 +1,10 @@
 # mypy: ignore-errors
 """Triton kernels of the backward pass, from `∂L/∂W` to the factors and scalars.
 
-The kernels recompute distances and softmax from the factors. Each program writes the partial sums of its tile; they are
-added in a fixed order afterwards, without atomic float additions. Shape letters as in `forward`; `q` tiles of rows, `s`
-tiles of columns. In formulas, `G` is `∂L/∂ΔW` and `Z` the softmax, as in `DERIVATION.md`.
+The kernels recompute distances and softmax from the factors. Each program writes the partial sums of its tile; these
+sums are added in a fixed order afterwards, without atomic float additions. The shape letters are those of `forward`,
+plus `q` tiles of rows and `s` tiles of columns. In formulas, `G` is `∂L/∂ΔW`, and `Z` is the softmax, as in
+`DERIVATION.md`.
 """
 
 import triton

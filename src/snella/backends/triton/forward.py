@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Triton kernels for the forward pass: merge the factors into `ΔW`, find its threshold, write `W0 + scaling·S`.
+"""Triton kernels for the forward pass: merge the factors into `ΔW`, find its threshold, and write `W0 + scaling·S`.
 
 A weight `W0` `[m, n]` (`m` outputs, `n` inputs) stacks `G` matrices, e.g. 3 in a fused qkv layer. The factors are `A`
 `[G, n, R]` and `B` `[m, R]`, of rank `R`, split into `P` pieces of width `R / P`. The scalars are `coeff` `[G, P]`, and
@@ -42,7 +42,7 @@ LAYOUT_FIELDS = tl.constexpr(6)
 HIGH_BINS = tl.constexpr(2048)
 # the number of remaining bits
 HIGH_SHIFT = tl.constexpr(20)
-# the modes of `snella.sparsify.sparsify`, see the formulas of `S` above; `OFFICIAL` is that of the authors' code
+# the modes of `snella.sparsify.sparsify`, see the formulas of `S` above; `OFFICIAL` is the mode of the authors' code
 SOFT, OFFICIAL, NONE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -73,7 +73,7 @@ def exp_nonpositive(x):
 
 @triton.jit
 def clamp(position, count):
-    """Replace the indices of rows or columns outside the matrix with the index of the last one.
+    """Replace the indices of rows or columns outside the matrix with the index of the last row or column.
 
     Loading `A` and `B` then needs no mask. A mask would occupy one predicate register per row and column in every
     thread.
@@ -99,9 +99,9 @@ def distance(first, second, i, j, piece, width, R):
 
 @triton.jit
 def piecewise(first, second, coeff, i, j, width, P: tl.constexpr, R):
-    """Compute `κ[i, j] = Σ_p coeff[p]·d_p[i, j]`, where `width` is that of a piece, `R / P`.
+    """Compute `κ[i, j] = Σ_p coeff[p]·d_p[i, j]`, where `width` is the width of a piece, `R / P`.
 
-    All indices `i` and `j` must be inside the matrix, see `clamp`. The loop over the pieces is not unrolled, so that
+    All indices `i` and `j` must be inside the matrix (see `clamp`). The loop over the pieces is not unrolled, so that
     only the factors of one piece occupy registers at a time.
     """
     value = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
@@ -180,9 +180,9 @@ def softmax_statistics(
     If `AXIS` is 0, `max_logit` and `inverse_sum` are `[G, n]`, with one value per column. If it is 1, they are `[m]`,
     with one value per row. The sum is that of `exp(logit − maximum)`.
 
-    Each program handles `ACROSS` columns (or rows) and computes `ALONG` of their entries per step. Each lane has a
-    running maximum and a sum relative to it, which are combined at the end. The program reads and writes nothing of
-    size `m·n`.
+    Each program handles `ACROSS` columns (or rows) and computes `ALONG` entries of each per step. Each lane has a
+    running maximum and a sum of exponentials relative to this maximum; the lanes are combined at the end. The program
+    reads and writes nothing of size `m·n`.
     """
     group = tl.program_id(1)
     start = tl.load(layout + group * LAYOUT_FIELDS)
@@ -243,7 +243,7 @@ def merge(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Merge the factors: write `ΔW` `[m, n]`, in the rows with an update only.
+    """Merge the factors: write `ΔW` `[m, n]`, but only in the rows with an update.
 
         ΔW = κ                                                without `SOFTMAX`
         ΔW = [κ +] α·(softmax(κ/γ) [− its mean]) + β          with `SOFTMAX`
@@ -329,7 +329,7 @@ def add_sparse(delta, thresholds, layout, base, out, scaling, n, MODE: tl.conste
     value = tl.load(delta + first + entry, mask=entry < active * n, other=0.0)
     threshold = tl.load(thresholds + group)
     magnitude = tl.abs(value)
-    # entries up to the threshold are multiplied by 0 instead of replaced with it, so that NaN propagates
+    # entries up to the threshold are multiplied by 0 instead of replaced with 0, so that NaN propagates
     sparse = scaling * (value * tl.where(magnitude > threshold, excess(magnitude, threshold, MODE), 0.0))
     source = tl.load(base + first + entry, mask=inside, other=0.0)
     wide = tl.float64 if base.dtype.element_ty == tl.float64 else tl.float32

@@ -81,7 +81,7 @@ def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
     budgets = (_unambiguous_budget(spec.merge_matrix(next(spec.matrices(wide_factors)))),)
     generator = torch.Generator("cpu").manual_seed(1)
     base, grad = (torch.randn(ROWS[0], COLUMNS, generator=generator, device="cpu") for _ in range(2))
-    # the reference runs on the CPU: on a GPU, torch loads each of its kernels at the first launch
+    # the reference runs on the CPU, because on a GPU, torch would first have to load each of its kernels
     sides = (
         (backend.TritonBackend(), _cast(factors, A.device), base.to(A.device), grad.to(A.device)),
         (TorchBackend(), wide_factors, base.double(), grad.double()),
@@ -127,7 +127,7 @@ def _softmax_stats(spec: UpdateSpec, factors: Factors) -> backend.SoftmaxStats:
 
 
 def _factors(spec: UpdateSpec, A: Tensor) -> Factors:
-    """Return random factors and scalars of a matrix on the CPU, with the rank and dtype of `A`."""
+    """Return random factors, with the rank and dtype of `A`, and random scalars, for one matrix on the CPU."""
     generator, rank = torch.Generator("cpu").manual_seed(0), A.shape[-1]
 
     def uniform(*shape: int) -> Tensor:
@@ -151,7 +151,7 @@ def _cast(factors: Factors, target: torch.dtype | torch.device) -> Factors:
 
 
 def _unambiguous_budget(delta: Tensor) -> int:
-    """Return the budget (20 to 40% of the entries) with the widest gap at its threshold; rounding cannot close it."""
+    """Return the budget, 20 to 40% of the entries, with the widest gap at its threshold, to be robust to rounding."""
     magnitudes = delta.abs().flatten().sort(descending=True).values
     first, last = int(0.2 * len(magnitudes)), int(0.4 * len(magnitudes))
     gaps = magnitudes[first:last] - magnitudes[first + 1 : last + 1]
@@ -186,7 +186,7 @@ def _cache_file() -> Path:
 
 
 def _load_results() -> dict[str, str | None]:
-    """Load the results from disk; empty if the file is missing or corrupt."""
+    """Return the results on disk, or an empty dict if the file is missing or corrupt."""
     try:
         saved = json.loads(_cache_file().read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory

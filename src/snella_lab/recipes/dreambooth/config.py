@@ -92,14 +92,14 @@ class DreamBoothConfig(RunSettings):
     skip_corrupt: bool = False
 
     def errors(self) -> list[str]:
-        """Check settings across sections, without loading data or model."""
+        """Check the settings of all sections without loading the data or the model."""
         errors = self.missing_errors(is_started=self.run.resume)
         if not self.token.strip():
             errors.append(f"token must be a word, got {self.token!r}")
         return [*errors, *super().errors(), *self.method_errors()]
 
     def with_class_name(self, class_name: str | None) -> "DreamBoothConfig":
-        """Return a copy with class name and prompts set.
+        """Return a copy in which the class name and the prompts are set.
 
         Args:
             class_name: Class name from the data. The settings take precedence.

@@ -1,6 +1,6 @@
 """DreamBooth data: subject images and prompt files.
 
-In prompts, a rare word, the token, denotes the subject.
+In prompts, a rare word (the token) denotes the subject.
 """
 
 import hashlib
@@ -43,14 +43,14 @@ class PromptFile:
     classes: dict[str, str] = field(default_factory=dict)
 
     def templates(self, class_name: str | None, is_live: bool | None = None) -> list[str]:
-        """Return the templates for a class, chosen by `is_live` if it is set, otherwise by the class name."""
+        """Return the templates for a class, chosen by `is_live` if it is set and by the class name otherwise."""
         if is_live is None:
             is_live = class_name in LIVE_CLASSES
         return self.live if is_live else self.objects
 
 
 def fill(template: str, token: str, class_name: str) -> str:
-    """Fill in token and class, and replace runs of whitespace, e.g. around an empty token, with single spaces."""
+    """Fill in the token and class, and replace runs of whitespace, e.g. around an empty token, with single spaces."""
     return " ".join(template.replace("{0}", token).replace("{1}", class_name).split())
 
 
@@ -60,7 +60,7 @@ def read_prompt_file(path: str | Path) -> PromptFile:
     DreamBooth's `prompts_and_classes.txt` has lines `subject,class` below the heading `subject_name,class`, then two
     Python lists of quoted templates, for objects and for live subjects. Any other text file has one template per line;
     blank lines and lines that start with `#` are ignored. A template contains `{0}` or `{token}` for the subject's
-    token, and may contain `{1}` or `{class}` for its class.
+    token, and may contain `{1}` or `{class}` for the subject's class.
 
     Args:
         path: UTF-8 text file.
@@ -93,7 +93,7 @@ def _classes(text: str) -> dict[str, str]:
     """Return the class by subject from the lines between the heading and the first line without a comma."""
     classes: dict[str, str] = {}
     lines = iter(text.splitlines())
-    if any(line.replace(" ", "") == "subject_name,class" for line in lines):  # leaves the lines after the heading
+    if any(line.replace(" ", "") == "subject_name,class" for line in lines):  # consumes the lines up to the heading
         for line in lines:
             subject, comma, name = (part.strip() for part in line.partition(","))
             if not comma:
@@ -162,9 +162,9 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
         skip_corrupt: Skip corrupt images with a note instead of raising an error.
 
     Raises:
-        FileNotFoundError: If the folder or subject does not exist. The message suggests similar names.
-        ValueError: If `spec` is invalid, if `subject` is missing or not allowed, if the folder has no images, or if
-            images are corrupt (or all images, with `skip_corrupt`). The message lists corrupt images.
+        FileNotFoundError: If the folder or subject does not exist. The message suggests similar names, if any.
+        ValueError: If `spec` or the prompt file is invalid, if `subject` is missing or not allowed, if the folder has
+            no images, or if any image is corrupt (with `skip_corrupt`, if all are). The message lists corrupt images.
     """
     family, colon, path = spec.partition(":")
     if not colon or family not in ("folder", "dreambooth"):

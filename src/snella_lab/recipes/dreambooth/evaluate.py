@@ -1,4 +1,4 @@
-"""Evaluation of generated images: subject fidelity, text alignment and diversity (Table VI of the paper)."""
+"""Evaluation of generated images: subject fidelity, text alignment, and diversity (Table VI of arXiv 2510.24037)."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class ClipEmbedder(_Embedder):
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Return the embeddings of texts, truncated to CLIP's context length, `[n, d]`."""
+        """Return the embeddings of texts, `[n, d]`. Long texts are truncated to CLIP's context length."""
         length = self.model.config.text_config.max_position_embeddings
         options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
         inputs = (self.tokenizer(batch, **options).to(self.device) for batch in _batches(texts))
@@ -156,24 +156,24 @@ def _features(output: Any) -> Tensor:
 
 
 def evaluate_generation(options: EvaluateGenerationOptions, console: Console | None = None) -> dict[str, Any]:
-    """Generate missing images for the DreamBooth protocol, and evaluate them.
+    """Generate the missing images of the DreamBooth protocol, and evaluate all images.
 
     Images are written to `evaluation/` and scores to `generation.json` in each run folder.
 
     Args:
         options: Options of `snella evaluate-generation`.
-        console: Console of the progress bars, or None for stdout.
+        console: Console for the progress bars, or None for stdout.
 
     Returns:
-        `{"runs": [metrics per run], "mean": {…}, "standard_error": {…}}`. Mean and standard error are over runs. The
+        `{"runs": [metrics per run], "mean": {…}, "standard_error": {…}}`. Means and standard errors are over runs. The
         standard error of a single run is None.
 
     Raises:
-        FileNotFoundError: If a run, prompt file or model does not exist.
-        FileExistsError: If `evaluation/` contains images from other prompts, settings or weights, and `overwrite` is
-            not set.
+        FileNotFoundError: If a run, adapter, prompt file, or model does not exist.
+        FileExistsError: If `evaluation/` contains files but no valid `images.json` or, without `overwrite`, images from
+            different prompts, settings, or weights.
         ConnectionError: If a model is not a local folder and cannot be loaded from the hub or its cache.
-        ValueError: If prompts lack the token placeholder, the images have changed since training, or a run belongs to
+        ValueError: If a prompt file is invalid, the subject's images have changed since training, or a run belongs to
             another command.
     """
     console = console or make_console()
@@ -234,7 +234,7 @@ def score_images(
     Returns:
         `concept_alignment`: mean cosine similarity between CLIP embeddings of all generated and all real images.
         `text_alignment`: mean cosine similarity between CLIP embeddings of each image and its prompt.
-        `text_alignment_without_token`: mean cosine similarity for the prompts in `plain_prompts` instead.
+        `text_alignment_without_token`: the same, but with the prompts in `plain_prompts`.
         `vendi`: Vendi score of all images, from DINOv2 embeddings.
         `vendi_by_prompt`: mean Vendi score of each prompt's images.
     """
@@ -267,7 +267,9 @@ def find_runs(folder: str | Path) -> list[Path]:
         return [root]
     runs = sorted(path.parent for path in root.glob("*/run.json")) if root.is_dir() else []
     if not runs:
-        raise FileNotFoundError(f"run must be a snella dreambooth run folder or a folder of runs, got {root}")
+        raise FileNotFoundError(
+            f"run must be a run folder created by `snella dreambooth`, or a folder of such runs, got {root}"
+        )
     return runs
 
 

@@ -28,12 +28,12 @@ from snella_lab.recipes.dreambooth.data import fill, read_prompt_file
 from snella_lab.recipes.dreambooth.pipeline import TEXT_COMPONENTS, check_resolution, embed_prompts, load_pipeline
 
 MANIFEST = "images.json"
-"""Manifest of a folder of generated images, with their prompts, seeds, settings and source."""
+"""Manifest of a folder of generated images, with their prompts, seeds, settings, and source."""
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Settings of the sampling of images.
+    """Settings for sampling images.
 
     Args:
         resolution: Image resolution in pixels.
@@ -72,8 +72,8 @@ def sample_images(
 ) -> Iterator[Image.Image]:
     """Generate one image per job, in order.
 
-    Each distinct prompt is embedded once, before sampling. During sampling, only transformer and autoencoder are on the
-    device. Afterwards, the autoencoder is moved back.
+    Each distinct prompt is embedded once, before sampling. During sampling, only the transformer and the autoencoder
+    are on the device. Afterwards, the autoencoder is moved back.
 
     Args:
         pipeline: Pipeline with the adapter in its transformer.
@@ -97,7 +97,7 @@ def sample_images(
         pooled = torch.cat([embedded[prompt].pooled for prompt in prompts])
         return tokens.to(device), pooled.to(device)
 
-    # without text encoders, which are not on the device, because diffusers infers the device from all components
+    # no text encoders: diffusers infers the device from all components, and the encoders are not on it
     no_text: dict[str, Any] = dict.fromkeys(TEXT_COMPONENTS)
     image_pipeline = StableDiffusion3Pipeline(
         transformer=pipeline.transformer.to(device).eval(),
@@ -145,10 +145,10 @@ class ImageGenerator:
     Args:
         pipeline: Pipeline with the adapter in its transformer.
         device: Torch device.
-        source: Name of the pipeline, with the digest of its adapter, if any. It tells whether existing images are from
-            another source.
+        source: Name of the pipeline, with the digest of its adapter, if any. Existing images from a different source
+            are not reused.
         sampling: Sampling settings.
-        console: Console of the progress bar, or None for no bar.
+        console: Console for the progress bar, or None for no bar.
     """
 
     pipeline: StableDiffusion3Pipeline
@@ -166,15 +166,15 @@ class ImageGenerator:
             folder: Output folder for `NUMBER-SEED.png`, numbered by prompt, and `images.json`. Created if missing.
             prompts: Prompts.
             seeds: Seeds.
-            overwrite: Replace other generated images in the folder.
+            overwrite: Replace generated images in the folder that differ in prompts, seeds, settings, or source.
 
         Returns:
-            All images, including those of earlier calls, in the order of prompts and then of seeds.
+            The requested images, including those of earlier calls, ordered by prompt and then by seed.
 
         Raises:
-            FileExistsError: If the folder is a file, or has files but no valid `images.json`. Without `overwrite`, also
-                if it contains images from other prompts, seeds, settings or another source. With `overwrite`, also if
-                another file has the name of a new image.
+            FileExistsError: If `folder` is a file, or contains files but no valid `images.json`. Without `overwrite`,
+                also if its images differ in prompts, seeds, settings, or source. With `overwrite`, also if a file that
+                is not listed in `images.json` has the name of a new image.
             ValueError: If the pipeline does not support this resolution.
         """
         num_digits = max(2, len(str(len(prompts) - 1)))
@@ -235,19 +235,20 @@ def _contains(folder: Path, new_manifest: dict[str, Any], *, overwrite: bool) ->
             raise FileExistsError(f"out={folder} contains other files; choose an empty or new folder")
     elif not overwrite:
         reasons = {
-            "source": "another pipeline or adapter",
-            "drawing": "other settings",
-            "images": "other prompts or seeds",
+            "source": "a different pipeline or adapter",
+            "drawing": "different settings",
+            "images": "different prompts or seeds",
         }
         changed = [reason for name, reason in reasons.items() if manifest.get(name) != new_manifest[name]]
+        difference = " and ".join(changed) or "a different version of snella"
         raise FileExistsError(
-            f"out={folder} contains images from {' and '.join(changed)}; choose another folder, or pass --overwrite"
+            f"out={folder} contains images generated with {difference}; choose another folder, or pass --overwrite"
         )
     return False
 
 
 def _write(target: GeneratedImage, image: Image.Image) -> None:
-    """Write a PNG file atomically, with prompt and seed as metadata."""
+    """Write a PNG file atomically, with the prompt and seed as metadata."""
     info = PngInfo()
     info.add_itxt("prompt", target.prompt)
     info.add_itxt("seed", str(target.seed))
@@ -263,24 +264,24 @@ def open_run(run: str | Path) -> DreamBoothFolder:
     """
     folder = DreamBoothFolder(run)
     if read(RunInfo, folder.path).task != "generation":
-        raise ValueError(f"run must be a snella dreambooth run folder, got {run}, a run of another task")
+        raise ValueError(f"run must be a run folder created by `snella dreambooth`, got {run}, a run of another task")
     return folder
 
 
 def load_generator(
     run: str | Path, options: GenerationOptions, console: Console | None = None, guidance: float | None = None
 ) -> tuple[ImageGenerator, DreamBoothConfig]:
-    """Load a generator with the pipeline and adapter of a run, and the settings of the run.
+    """Load a generator with the pipeline and adapter of a run, and return it with the run's settings.
 
     Args:
         run: Run folder.
-        options: Pipeline, device and sampling settings. Those that are None default to the run's.
-        console: Console of the progress bar, or None for no bar.
+        options: Pipeline, device, and sampling settings. Settings that are None default to the run's.
+        console: Console for the progress bar, or None for no bar.
         guidance: Guidance scale. None selects the run's.
 
     Raises:
         FileNotFoundError: If the folder is not a run, the run has no adapter yet, or the pipeline does not exist.
-        ValueError: If the run belongs to another command.
+        ValueError: If the run belongs to another command, or the pipeline is invalid.
         ConnectionError: If the pipeline is neither local nor cached, and the hub is unreachable.
         AdapterFileError: If the adapter is damaged or does not fit the pipeline.
     """
@@ -303,16 +304,16 @@ def adapter_source(run: DreamBoothFolder, pipeline: str) -> str:
 def generate(options: GenerateOptions, console: Console | None = None) -> list[GeneratedImage]:
     """Generate images with the pipeline and adapter of a run.
 
-    For given settings, an image depends on its prompt and seed, not on the other images.
+    For given settings, an image depends only on its prompt and seed, not on the other images.
 
     Args:
         options: Options of `snella generate`.
-        console: Console of the progress bar, or None for stdout.
+        console: Console for the progress bar, or None for stdout.
 
     Raises:
         FileNotFoundError: If the prompt file or run does not exist, or the run has no adapter yet.
-        FileExistsError: If `out` contains other images or files.
-        ValueError: If the prompt file has no valid prompts, or the run belongs to another command.
+        FileExistsError: See `ImageGenerator.generate`.
+        ValueError: If the prompt file is invalid, or the run belongs to another command.
     """
     file = None if options.prompts is None else read_prompt_file(options.prompts)
     generator, config = load_generator(options.run, options, console or make_console(), options.guidance)

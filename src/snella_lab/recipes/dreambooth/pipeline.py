@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 pipelines: loading, prompt embeddings and image latents."""
+"""Stable Diffusion 3 pipelines: loading, prompt embeddings, and image latents."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class PromptEmbedding:
 
 @dataclass(frozen=True)
 class LatentImages:
-    """Distributions of the latents z of images, which the autoencoder computes.
+    """Distributions of image latents z, as computed by the autoencoder.
 
     z = (mean + std · noise − shift) · scale
 
@@ -158,16 +158,16 @@ def check_resolution(pipeline: StableDiffusion3Pipeline, resolution: int) -> Non
 
 
 def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipeline:
-    """Load a pipeline onto the CPU, with transformer and autoencoder in float32.
+    """Load a pipeline onto the CPU, with the transformer and the autoencoder in float32.
 
     Args:
         name: Local folder in diffusers format, or hub name `owner/repo`.
         precision: Precision of the text encoders: fp32 or bf16.
 
     Raises:
-        FileNotFoundError: If the folder does not exist or lacks components. The message lists them.
-        ValueError: If the folder contains another pipeline or a damaged index, or the hub is reachable and the pipeline
-            cannot be loaded from it.
+        FileNotFoundError: If the folder does not exist or lacks components. The message lists missing components.
+        ValueError: If the folder contains a different kind of pipeline or a damaged index, or if the hub is reachable
+            and the pipeline cannot be loaded from it.
         ConnectionError: If the pipeline is neither local nor cached, and the hub is unreachable.
     """
     folder = expand_user(name)

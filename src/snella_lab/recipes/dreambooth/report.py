@@ -102,7 +102,7 @@ def loss_curve(history: Sequence[LossRow]) -> Figure:
 
 
 def _sample_entries(folder: Path) -> list[dict[str, Any]]:
-    """Return the report entries of the run's sample images, or no entries if it generated none."""
+    """Return the report entries of the images that the run generated after training, if any."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return []

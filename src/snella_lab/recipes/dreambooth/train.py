@@ -1,6 +1,7 @@
 """DreamBooth training with bit-identical resume.
 
-Prior preservation means that the model is also trained on generated images of the subject's class.
+Prior preservation means that the model is also trained on generated images of the subject's class. The budget of an
+adapted matrix is the number of weights that its update may change.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ from snella_lab.recipes.trainer import RecipeTrainer, adapt_headless, describe_m
 _LOGIT_MEAN = 0.0
 _LOGIT_STD = 1.0
 _MODE_SCALE = 1.29
-# the second part of a seed identifies the random generator
+# the second part of a seed identifies the random number generator
 _GLOBAL = 1  # PyTorch's global generator
-_NOISE = 2  # for latents, timesteps and noise of a micro-batch
+_NOISE = 2  # for the latents, timesteps, and noise of a micro-batch
 _FIXED = 3  # for the loss on fixed noise
-_NUM_FIXED_TIMES = 8  # timesteps of that loss for each image
+_NUM_FIXED_TIMES = 8  # timesteps per image for that loss
 _PACKAGES = ("snella", "torch", "peft", "diffusers", "transformers", "accelerate")
 
 
@@ -65,10 +66,10 @@ class FlowMatching(nn.Module):
         transformer: Velocity model.
         scheduler: The pipeline's scheduler. It is recreated from its configuration, because sampling modifies it.
         weighting: Timestep sampling and loss weighting. `logit_normal` and `mode` sample timesteps non-uniformly.
-            `sigma_sqrt` and `cosmap` sample uniformly and weight the loss. `uniform` samples uniformly, unweighted.
-        precondition: Compute the loss on images instead of velocities.
+            `sigma_sqrt` and `cosmap` sample uniformly and weight the loss. `uniform` samples uniformly without weights.
+        precondition: Compute the loss on predicted images instead of velocities.
 
-    Source: Esser et al., arXiv 2403.03206, section 3, with the defaults of diffusers' DreamBooth training.
+    Source: Esser et al., arXiv 2403.03206, section 3, with the defaults of diffusers' DreamBooth script.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class TrainingSet:
 class _StepAllocation(SnellaCallback):
     """`SnellaCallback` that counts a pass over the subject's images as an epoch.
 
-    For the Trainer, the whole training is one epoch, because its items are micro-batches instead of images.
+    For the Trainer, the whole training is one epoch, because the items of its dataset are micro-batches, not images.
     """
 
     def __init__(self, model: nn.Module, total_steps: int, steps_per_epoch: int) -> None:
@@ -142,9 +143,9 @@ class _StepAllocation(SnellaCallback):
 
 
 class DreamBoothTrainer(RecipeTrainer):
-    """Trainer of DreamBooth.
+    """Trainer for DreamBooth.
 
-    Images, noise and timesteps of a micro-batch depend only on the seed and the index of the micro-batch, so a resumed
+    Images, noise, and timesteps of a micro-batch depend only on the seed and the index of the micro-batch, so a resumed
     run samples the same values. Images are reshuffled each epoch.
 
     Args:
@@ -153,7 +154,7 @@ class DreamBoothTrainer(RecipeTrainer):
         run: Run folder.
         console: Output console.
         subject: Latents and prompt of the subject's images.
-        classes: Latents and prompt of the class images, or None without prior preservation.
+        classes: Latents and prompt of the class images, or None if prior preservation is disabled.
 
     Attributes:
         loss_before: Loss on fixed noise and timesteps before the first step. NaN until it is computed.
@@ -200,10 +201,10 @@ class DreamBoothTrainer(RecipeTrainer):
                 logging_steps=1,
             ),
         )
-        self.model_accepts_loss_kwargs = False  # then the Trainer averages the loss over the micro-batches of a step
+        self.model_accepts_loss_kwargs = False  # makes the Trainer average the loss over the micro-batches of a step
 
     def fit(self) -> None:
-        """Train, and compute the loss on fixed noise before the first step.
+        """Train. If there is no checkpoint to resume from, compute the loss on fixed noise before the first step.
 
         Raises:
             KeyboardInterrupt: If training was interrupted. After the first signal, a checkpoint is saved.
@@ -243,12 +244,12 @@ class DreamBoothTrainer(RecipeTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log values and the current total budget."""
+        """Log the values and the current total budget."""
         budget = None if self.allocator is None else sum(self.allocator.budgets.values())
         super().log({**logs, "budget": budget}, start_time)  # type: ignore[dict-item]
 
     def loss_history(self) -> list[LossRow]:
-        """Return loss, gradient norm and budget of each step."""
+        """Return the loss, gradient norm, and budget of each step."""
         return [
             LossRow(step=int(row["step"]), loss=row["loss"], grad_norm=row["grad_norm"], budget=row["budget"])  # type: ignore[arg-type]
             for row in self.state.log_history
@@ -279,7 +280,7 @@ class DreamBoothTrainer(RecipeTrainer):
         return losses
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        """Return the indices of the micro-batches in order."""
+        """Return a sampler that yields the indices of the micro-batches in order."""
         return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
@@ -307,11 +308,11 @@ def personalize(config: DreamBoothConfig, console: Console | None = None) -> Dre
         FileExistsError: If the folder contains a run, and neither `resume` nor `overwrite` is set; if it has other
             contents; or if `out` is a file.
         RunInUseError: If another process is writing to the folder.
-        FileNotFoundError: If images, subject or pipeline do not exist.
+        FileNotFoundError: If the images, the subject, or the pipeline does not exist.
         ConnectionError: If the pipeline is neither local nor cached, and the hub is unreachable.
         ValueError: If settings conflict, images are corrupt, or a resumed run's images have changed.
         TrainingInterrupted: If the user interrupts the run. The message names the last checkpoint, if any.
-        NonFiniteLossError: If the loss or gradient became infinite or NaN. The last checkpoint is kept.
+        NonFiniteLossError: If the loss or gradient becomes infinite or NaN. The last checkpoint is kept.
         CheckpointError: If the disk is full, in which case the last checkpoint is kept, or if the resumed checkpoint is
             damaged.
     """
@@ -329,7 +330,7 @@ def personalize(config: DreamBoothConfig, console: Console | None = None) -> Dre
 
 
 def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Console, resumed: RunInfo | None) -> None:
-    """Train a new or resumed run, generate its samples and write its report."""
+    """Train a new or resumed run, generate its samples, and write its report."""
     device = choose_device(config.run.device)
     concept = load_concept(str(config.data), config.subject, skip_corrupt=config.skip_corrupt)
     if resumed is not None:
@@ -386,7 +387,7 @@ def _personalize(config: DreamBoothConfig, run: DreamBoothFolder, console: Conso
 
 
 def _print_summary(trainer: DreamBoothTrainer, concept: Concept) -> None:
-    """Print the data, model and settings of a run."""
+    """Print the data, model, and settings of a run."""
     config = trainer.config
     images = counted(config.optim.batch_size * config.optim.accumulation, "image")
     steps = f"{counted(config.steps, 'step')}, {images} each"

@@ -32,11 +32,11 @@ class LanguageConfig(RunSettings):
         model: Causal language model: a local folder in transformers format, or a hub name.
         template: Prompt template file with {instruction} and {input}; defaults to a built-in template.
         max_length: Maximum number of tokens in prompt and response; longer responses are truncated.
-        learn_prompt: Also compute the loss on prompt tokens, as the benchmark's script does.
+        learn_prompt: Also compute the loss on prompt tokens, as the training script of the commonsense benchmark does.
         epochs: Training epochs.
         warmup_steps: Number of learning rate warmup steps, before linear decay to 0.
         val_size: Number of held-out entries; their loss is evaluated each epoch.
-        base: Dtype of the base weights: fp32, or bf16 for half the memory; bf16 rounds small updates away.
+        base: Dtype of the base weights: fp32, or bf16 for half the memory; bf16 loses small updates to rounding.
     """
 
     minimums: ClassVar = {"max_length": 2, "epochs": 1, "warmup_steps": 0, "val_size": 0}
@@ -62,7 +62,7 @@ class LanguageConfig(RunSettings):
     base: Literal["fp32", "bf16"] = "fp32"
 
     def errors(self) -> list[str]:
-        """Check settings across sections, without loading data or model."""
+        """Check the settings of all sections without loading the data or the model."""
         errors = self.missing_errors(is_started=self.run.resume)
         if self.template is not None and not expand_user(self.template).is_file():
             errors.append(f"template must be an existing text file, got {self.template!r}")
@@ -86,7 +86,7 @@ class EvaluateLanguageOptions(Config):
 
     Args:
         run: Run folder.
-        data: Folder with TASK/test.json for some or all of the eight tasks.
+        data: Folder with TASK/test.json for some or all of the eight tasks of the commonsense benchmark.
         beams: Beam search width; 1 is greedy decoding. The benchmark's script uses 4.
         max_new_tokens: Maximum number of tokens per answer.
         batch_size: Batch size.

@@ -1,4 +1,4 @@
-"""Instruction data in the JSON format of the commonsense benchmark, eight tasks of questions with answer choices."""
+"""Instruction data in the JSON format of the commonsense benchmark (eight tasks with multiple-choice questions)."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from snella_app.files import expand_user
 from snella_app.text import listed, similar_paths
 
 IGNORED = -100
-"""Label of tokens without a loss, as in PyTorch's cross-entropy."""
+"""Label of tokens that do not contribute to the loss, as in PyTorch's cross-entropy."""
 _TEST_FILE = "test.json"
 _WITHOUT_INPUT = "### Instruction:\n{instruction}\n\n### Response:\n"
 _WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -31,7 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ARC-Challenge": _NUMBERED,
     "openbookqa": _NUMBERED,
 }
-"""Answer choices by task. Tasks are named like the benchmark's folders."""
+"""Answer choices by task. Tasks have the names of the benchmark's folders."""
 
 
 def extract_answer(task: str, text: str) -> str:
@@ -66,13 +66,13 @@ def read_instructions(path: str | Path, choices: tuple[str, ...] | None = None) 
     """Read an instruction file, e.g. `commonsense_170k.json`.
 
     Args:
-        path: JSON file with a list of objects with `instruction`, `output`, `answer` and optionally `input`.
+        path: JSON file that contains a list of objects with `instruction`, `output`, `answer`, and optionally `input`.
         choices: Allowed values of `answer`. None allows any.
 
     Raises:
         FileNotFoundError: If the file does not exist. The message suggests similar names.
-        ValueError: If the file is not a nonempty list of entries, or if entries are invalid. The message counts them
-            and lists the first ones.
+        ValueError: If the file does not contain a nonempty JSON list, or if entries are invalid. The message counts the
+            invalid entries and lists the first ones.
     """
     file = expand_user(path)
     if not file.is_file():
@@ -98,8 +98,8 @@ def read_benchmark(folder: str | Path) -> dict[str, list[Instruction]]:
     """Read `FOLDER/TASK/test.json` of all tasks in a benchmark folder.
 
     Raises:
-        FileNotFoundError: If the folder does not exist, or if it contains no known task. The message lists its
-            subfolders.
+        FileNotFoundError: If the folder does not exist, or if it contains no known task. In the second case, the
+            message lists its subfolders.
         ValueError: If a test file is invalid.
     """
     root = expand_user(folder)
@@ -135,7 +135,8 @@ class Template:
     """Prompt template with `{instruction}` and an optional `{input}`.
 
     Args:
-        path: Template file. If it has no `{input}`, an input follows the instruction. None selects a built-in template.
+        path: Template file. If it has no `{input}`, an entry's input follows the instruction. None selects a built-in
+            template.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -163,7 +164,7 @@ class Template:
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Tokenize a prompt without a final EOS token, which some tokenizers append, because the response follows."""
+    """Tokenize a prompt, and drop the EOS token that some tokenizers append, because the response follows."""
     ids = list(tokenizer(prompt).input_ids)
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
@@ -171,7 +172,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn_prompt: bool) -> dict[str, list[int]]:
-    """Tokenize prompt and response, append the EOS token, and create the labels.
+    """Tokenize a prompt and its response, append the EOS token, and create the labels.
 
     Args:
         tokenizer: Tokenizer of the model.

@@ -34,29 +34,33 @@ from snella_lab.recipes.instruct.train import load_model, load_tokenizer
 def evaluate_language(options: EvaluateLanguageOptions, console: Console | None = None) -> dict[str, Any]:
     """Evaluate a run on all tasks in a folder.
 
-    Answers are appended to `RUN/answers/TASK.jsonl`, so an interrupted call resumes after the last one.
+    Answers are appended to `RUN/answers/TASK.jsonl`, so after an interruption, the next call resumes
+    after the last stored answer.
 
     Args:
         options: Options of `snella evaluate-language`.
-        console: Console of the progress bar, or None for stdout.
+        console: Console for the progress bar, or None for stdout.
 
     Returns:
         `{"format": 1, "settings": {…}, "tasks": {name: {"accuracy", "right", "questions", "unanswered"}}, "mean": …}`.
         `mean` is the mean accuracy over tasks. The result is also written to `RUN/language.json`. If that file already
-        has results with the same settings, it keeps those of other tasks and, unless `overwrite` is set, those on more
-        questions.
+        has results with the same settings, the results of other tasks are kept. So are results of the same task on more
+        questions, unless `overwrite` is set.
 
     Raises:
         FileNotFoundError: If the run, adapter, data or model does not exist.
-        FileExistsError: If the run has answers to other questions or with other settings, and `overwrite` is not set.
+        FileExistsError: If the run has answers to different questions or answers generated with different settings,
+            and `overwrite` is not set.
         ConnectionError: If the model is not a local folder and cannot be loaded from the hub or its cache.
         ValueError: If the data is invalid, the template has changed, or the run belongs to another command.
-        RunInUseError: If another process trains or evaluates the run.
+        RunInUseError: If another process is training or evaluating the run.
     """
     folder = LanguageFolder(options.run)
     info = read(RunInfo, folder.path)
     if info.task != "language":
-        raise ValueError(f"run must be a snella language run folder, got {options.run}, a run of another task")
+        raise ValueError(
+            f"run must be a run folder created by `snella language`, got {options.run}, a run of another task"
+        )
     with lock_run(folder):
         return _evaluate(folder, info, options, console)
 
@@ -75,8 +79,8 @@ def _evaluate(
         settings["template"] = sha256_of(expand_user(template))
         if settings["template"] != info.data.contents.get("template"):
             raise ValueError(
-                f"template must be the file that {folder.path} was trained with, got changed content in {template}; "
-                "restore the file"
+                f"template must be the file that {folder.path} was trained with, but the content of {template} "
+                "has changed; restore the file"
             )
     answers: dict[str, list[dict[str, Any]]] = {}
     batches: list[tuple[str, list[Instruction]]] = []
@@ -173,10 +177,10 @@ def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _read_answers(
     run: LanguageFolder, task: str, entries: Sequence[Instruction], settings: dict[str, Any], overwrite: bool
 ) -> list[dict[str, Any]]:
-    """Return the stored answers to a task up to the first damaged line, and rewrite the file without the other lines.
+    """Return the stored answers to a task up to the first damaged line, and remove that line and all later ones.
 
-    The first line of the file contains the settings. Answers to other questions or with other settings are removed if
-    `overwrite` is set, otherwise they raise a FileExistsError.
+    The first line of the file contains the settings. If the settings differ, or an answer belongs to a different
+    question, all answers to the task are removed if `overwrite` is set; otherwise, a FileExistsError is raised.
     """
     path = run.path / "answers" / f"{task}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
@@ -186,12 +190,12 @@ def _read_answers(
             rows.append(json.loads(line))
         except ValueError:
             break
-    mismatch = f"with other settings, {rows[0]}" if rows and rows[0] != settings else ""
+    mismatch = f"generated with different settings, {rows[0]}" if rows and rows[0] != settings else ""
     answered = zip(rows[1:], entries, strict=False)  # there can be fewer or more answers than entries
     if not mismatch and not all(row.items() >= _question(entry).items() for row, entry in answered):
-        mismatch = "to other questions"
+        mismatch = "to different questions"
     if mismatch and not overwrite:
-        raise FileExistsError(f"{path} contains answers {mismatch}; replace them with --overwrite")
+        raise FileExistsError(f"{path} contains answers {mismatch}; pass --overwrite to replace them")
     if mismatch or not rows:
         rows = [settings]
     path.parent.mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
 """Instruction fine-tuning with the Hugging Face Trainer.
 
-Each entry of the data is encoded as token IDs and labels, see `encode`.
+Each entry of the data is encoded as token IDs and labels; see `encode`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
         ConnectionError: If the model is not a local folder and cannot be loaded from the hub or its cache.
         ValueError: If the data is invalid, settings conflict, or a resumed run's data or template has changed.
         TrainingInterrupted: If the user interrupts the run. The message names the last checkpoint, if any.
-        NonFiniteLossError: If the loss or gradient became infinite or NaN. The last checkpoint is kept.
+        NonFiniteLossError: If the loss or gradient becomes infinite or NaN. The last checkpoint is kept.
         CheckpointError: If the disk is full, in which case the last checkpoint is kept, or if the resumed checkpoint is
             damaged.
     """
@@ -100,14 +100,14 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, re
     digest = sha256_of(data)
     if resumed is not None and resumed.data.digest != digest:
         raise ValueError(
-            f"data must be the file that {run.path} was started with, got changed content in {data}; "
-            "restore the file, or start a new run"
+            f"data must be the file that {run.path} was started with, but the content of {data} has "
+            "changed; restore the file, or start a new run"
         )
     contents = {} if config.template is None else {"template": sha256_of(expand_user(config.template))}
     if resumed is not None and resumed.data.contents != contents:
         raise ValueError(
-            f"template must be the file that {run.path} was started with, got changed content in {config.template}; "
-            "restore the file, or start a new run"
+            f"template must be the file that {run.path} was started with, but the content of {config.template} has "
+            "changed; restore the file, or start a new run"
         )
     base: Any = load_model(str(config.model), config.base)
     num_weights = sum(parameter.numel() for parameter in base.parameters())
@@ -203,5 +203,5 @@ def _encode_data(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], l
 
 
 def _has_targets(item: _Item) -> bool:
-    """Return True if the loss uses a label of the item. It ignores the first label, which no token precedes."""
+    """Return True if the loss uses a label of the item. The loss ignores the first label, which no token precedes."""
     return any(label != IGNORED for label in item["labels"][1:])

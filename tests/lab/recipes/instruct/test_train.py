@@ -133,20 +133,19 @@ def test_evaluation_resumes_after_a_truncated_line(finished_run, data, tmp_path)
     path.write_text("".join(lines[:3]) + lines[3][:20])
     assert evaluate_language(options) == first
     assert path.read_text() == content
-    with pytest.raises(
-        FileExistsError, match=r"boolq.jsonl contains answers with other settings, .*'beams': 1.*--overwrite"
-    ):
+    settings_error = r"boolq.jsonl contains answers generated with different settings, .*'beams': 1.*--overwrite"
+    with pytest.raises(FileExistsError, match=settings_error):
         evaluate_language(replace(options, beams=2))
-    with pytest.raises(FileExistsError, match=r"answers with other settings, .*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"answers generated with different settings, .*--overwrite"):
         evaluate_language(replace(options, model="other"))
     others = shutil.copytree(data, tmp_path / "others")
     entries = json.loads((others / "piqa" / "test.json").read_text())
     (others / "piqa" / "test.json").write_text(json.dumps(entries[1:]))
-    with pytest.raises(FileExistsError, match=r"piqa.jsonl contains answers to other questions; .*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"piqa.jsonl contains answers to different questions; .*--overwrite"):
         evaluate_language(replace(options, data=str(others)))
     entries[0]["instruction"] += " Answer with one word."
     (others / "piqa" / "test.json").write_text(json.dumps(entries))
-    with pytest.raises(FileExistsError, match=r"piqa.jsonl contains answers to other questions; .*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"piqa.jsonl contains answers to different questions; .*--overwrite"):
         evaluate_language(replace(options, data=str(others)))
     assert evaluate_language(replace(options, limit=2))["tasks"]["piqa"]["questions"] == 2
     assert json.loads((finished_run / "language.json").read_text()) == first
@@ -174,12 +173,12 @@ def test_a_changed_template_is_rejected(settings, data, tmp_path, monkeypatch):
         patch.setattr(RecipeTrainer, "training_step", stop)
         fine_tune(config)
     template.write_text("{instruction} \n")
-    with pytest.raises(ValueError, match=r"template must be the file that .* was started with, got changed content"):
+    with pytest.raises(ValueError, match=r"template must be the file that .* was started with, but the content of"):
         fine_tune(settings(template=str(template), resume=True))
     template.write_text("{instruction}\n")
     run = fine_tune(settings(template=str(template), resume=True))
     template.write_text("{instruction} \n")
-    with pytest.raises(ValueError, match=r"template must be the file that .* was trained with, got changed content"):
+    with pytest.raises(ValueError, match=r"the file that .* was trained with, but the content of .* has changed"):
         evaluate_language(evaluation(run.path, data))
 
 
@@ -257,7 +256,7 @@ def test_invalid_numbers_and_runs_are_rejected(finished_run, data, tmp_path):
     with pytest.raises(ValueError, match="beams must be at least 1, got 0; limit must be at least 1, got 0"):
         evaluation(finished_run, data, beams=0, limit=0)
     shutil.copy(Path(__file__).parents[3] / "old_files" / "run" / "run.json", tmp_path)
-    with pytest.raises(ValueError, match=r"must be a snella language run folder, got .*, a run of another task"):
+    with pytest.raises(ValueError, match=r"a run folder created by `snella language`, got .*, a run of another task"):
         evaluate_language(evaluation(tmp_path, data))
 
 
@@ -267,7 +266,7 @@ def test_resumed_run_requires_the_original_data(settings, tmp_path, data):
     run = fine_tune(settings(data=str(copy), epochs=1))
     run.update("interrupted")
     copy.write_text(json.dumps(json.loads(copy.read_text())[:-1]))
-    with pytest.raises(ValueError, match=r"the file that .*run was started with, got changed content in .*copy.json"):
+    with pytest.raises(ValueError, match=r"the file that .*run was started with, but the content of .*copy.json has"):
         fine_tune(LanguageConfig.from_flat(out=str(run.path), resume=True))
 
 
