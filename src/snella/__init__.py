@@ -48,7 +48,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name on access: `SnellaCallback`, which loads the Trainer's modules, or a name of the application."""
+    """Import a name on first access: `SnellaCallback`, whose import loads the Trainer, or an application name."""
     if name == "SnellaCallback":
         return importlib.import_module("snella.callback").SnellaCallback
     if name not in _APPLICATION_NAMES:
@@ -57,5 +57,5 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module("snella_app"), name)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("snella"):
-            raise  # our modules do not belong to an extra, so installing one would not help
+            raise  # extras install only dependencies, so they do not help if one of our modules is missing
         raise ImportError(f"snella.{name} needs {error.name}: pip install 'snella[app]'") from error

@@ -34,8 +34,8 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
     blocks with global attention from those with window attention. The mask decoder is assumed to have eight heads.
 
     Args:
-        state: State dict in the naming of transformers' `SamModel`.
-        source: File as the user typed it, for messages.
+        state: State dict with the key names of transformers' `SamModel`.
+        source: Path of the file, for error messages.
 
     Raises:
         ValueError: If required tensors are missing or shapes are inconsistent.
@@ -57,7 +57,7 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
     if width % head_width or hidden % _DECODER_HEADS:
         raise ValueError(
             f"'{source}' is not a SAM: width {width} must be a multiple of the head dimension {head_width}, and the "
-            f"mask decoder's width {hidden} a multiple of its {_DECODER_HEADS} heads"
+            f"mask decoder's width {hidden} must be a multiple of its number of heads, {_DECODER_HEADS}"
         )
     depth = _count(state, _VISION + "layers.")
     lengths = [shape(f"{_VISION}layers.{k}.attn.rel_pos_h")[0] for k in range(depth)]
@@ -93,7 +93,7 @@ def infer_sam_config(state: Mapping[str, Tensor], *, source: str) -> SamConfig:
         num_attention_heads=_DECODER_HEADS,
         attention_downsample_rate=hidden
         // shape(_DECODER + "transformer.layers.0.cross_attn_token_to_image.q_proj.weight")[0],
-        num_multimask_outputs=shape(_DECODER + "mask_tokens.weight")[0] - 1,  # one token predicts a single mask
+        num_multimask_outputs=shape(_DECODER + "mask_tokens.weight")[0] - 1,  # the other token is for a single mask
         iou_head_depth=_count(state, _DECODER + "iou_prediction_head.layers.") + 2,  # proj_in and proj_out
         iou_head_hidden_dim=shape(_DECODER + "iou_prediction_head.proj_in.weight")[0],
     )
@@ -138,7 +138,7 @@ def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
     blocks linearly, as in SAM's forward pass.
 
     Args:
-        path: The authors' `.pth`, a weight file in transformers' naming, or a folder written by
+        path: The authors' `.pth`, a weight file with transformers' key names, or a folder written by
             `SamModel.save_pretrained`; the format is detected automatically.
         image_size: Input resolution in pixels; None uses the resolution of the weights (1024).
 
@@ -148,8 +148,8 @@ def load_sam(path: str | Path, *, image_size: int | None = None) -> SamModel:
     Raises:
         FileNotFoundError: If the file, the folder or its `config.json` does not exist.
         OSError: If the folder contains no weights.
-        ValueError: If the weights are damaged or not those of a SAM, tensors are missing, are unexpected, or have a
-            different shape, or `image_size` is not a multiple of the patch size.
+        ValueError: If the weights are damaged or not those of a SAM; if tensors are missing, unexpected, or of the
+            wrong shape; or if `image_size` is not a multiple of the patch size.
     """
     location = expand_user(path)
     if location.is_dir():
@@ -171,8 +171,8 @@ def _to_transformers_names(state: dict[str, Tensor], path: Path) -> dict[str, Te
     names = set(state)
     if not any(name.startswith(("image_encoder.patch_embed.", "vision_encoder.patch_embed.")) for name in names):
         raise ValueError(
-            f"weights '{path}' are not a SAM: image_encoder.patch_embed (authors) and vision_encoder.patch_embed "
-            f"(transformers) are missing, got {listed(sorted(names))}"
+            f"weights '{path}' are not those of a SAM: expected image_encoder.patch_embed (authors' format) or "
+            f"vision_encoder.patch_embed (transformers' format), got {listed(sorted(names))}"
         )
     if any(name.startswith("image_encoder.") for name in names):
         depths: dict[str, int] = {}
@@ -187,7 +187,10 @@ def _to_transformers_names(state: dict[str, Tensor], path: Path) -> dict[str, Te
 
 
 def _renamed(name: str, depths: dict[str, int]) -> str:
-    """Convert one of the authors' names to transformers' name. `depths` maps MLP names to numbers of layers."""
+    """Convert one of the authors' names to the corresponding transformers name.
+
+    `depths` maps the name of each MLP to its number of layers.
+    """
     for pattern, replacement in _RENAMED:
         name = re.sub(pattern, replacement, name)
     match = _MLP.match(name)
@@ -222,7 +225,7 @@ def _read_folder(folder: Path) -> tuple[SamConfig, dict[str, Tensor]]:
         )
     except OSError:
         raise
-    except Exception as error:  # damaged files raise errors of safetensors, torch, and huggingface_hub
+    except Exception as error:  # damaged files raise errors from safetensors, torch, or huggingface_hub
         raise ValueError(f"SAM folder '{folder}' cannot be read: {first_line(error)}") from error
     model = cast(SamModel, loaded[0])
     info = loaded[1]
@@ -307,7 +310,7 @@ class SamSegmenter(nn.Module):
         super().__init__()
         self.encoder = sam.vision_encoder
         self.decoder = SamMaskHead(sam)
-        # as in the papers GPS and SAM-Adapter: ImageNet statistics, resizing without cropping
+        # as in the GPS (2312.10136) and SAM-Adapter papers: ImageNet statistics, resizing without cropping
         self.pretrained_cfg = {
             "architecture": None,
             "input_size": (3, image_size, image_size),
@@ -330,7 +333,7 @@ def create_sam_segmenter(path: str, *, num_classes: int, img_size: int | None = 
     """Build a segmentation model from SAM.
 
     Args:
-        path: The authors' checkpoint or a folder in transformers' format; see `load_sam`.
+        path: Weights in any format that `load_sam` accepts.
         num_classes: Must be 2: background and foreground.
         img_size: Input resolution in pixels; None uses the resolution of the weights (1024).
 

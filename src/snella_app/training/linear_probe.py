@@ -37,7 +37,7 @@ from snella_app.training.checkpoints import CheckpointError, require_file
 from snella_app.training.distributed import sum_across_processes
 
 MAX_PROBE_IMAGES = 5_000
-"""Maximum number of images of a split for fitting a head; more images hardly change the fit."""
+"""Maximum number of images per split that are used to fit a head; more images hardly change the fit."""
 _NORM_FILE = "feature_norm.safetensors"
 _MOMENTUM = 0.1
 _EPS = 1e-5
@@ -83,7 +83,10 @@ def original_images(images: ImageDataset | FeatureDataset) -> ImageDataset:
 
 
 def can_cache_features(data: DataConfig, model: nn.Module) -> bool:
-    """Return whether the head's inputs are constant, as in a linear probe of a timm model without augmentation."""
+    """Return whether the head's inputs are constant.
+
+    This is the case when only the head of a timm model is trained, without augmentation.
+    """
     method = method_of(model)
     # rates of dropout and drop path modules, and of timm's functional dropout (`drop_rate`)
     rates = [getattr(module, name, None) for module in model.modules() for name in ("p", "drop_prob", "drop_rate")]
@@ -131,7 +134,7 @@ def extract_features(
         parts: Model and number of workers.
         images: Images with a transform; each is decoded once.
         batch_size: Images per forward pass.
-        layers: Layers of `layer_features`; None for pooled features.
+        layers: Layers to pass to `layer_features`; None for pooled features.
         flips: One entry per view; True flips the images horizontally.
 
     Returns:
@@ -156,7 +159,7 @@ def extract_features(
 
 
 def encoded_targets(task: Task, images: ImageDataset | FeatureDataset, indices: Iterable[int]) -> dict[str, Tensor]:
-    """Collate `labels` and, if present, sample `weights` for the images at `indices`, without decoding images."""
+    """Collate the labels (`labels`) and any sample weights (`weights`) of the images at `indices` without decoding."""
     return task.collate([(torch.empty(0), *images.target_and_weight(index)) for index in indices])
 
 
@@ -229,7 +232,10 @@ def evaluates_initial_model(config: TrainConfig) -> bool:
 
 
 def can_skip_training(optim: OptimConfig, protocol: str) -> bool:
-    """Return whether `epochs` may be 0: the head starts from a linear probe and is evaluated on validation images."""
+    """Return whether `epochs` may be 0.
+
+    This requires that the head starts from a linear probe and is evaluated on validation images.
+    """
     return optim.head_init == "probe" and get_protocol(protocol).selected_on == "val"
 
 
@@ -277,8 +283,8 @@ def init_head_from_probe(parts: RunComponents, optim: OptimConfig, sampler: str 
     sample_weights = targets["weights"].double().numpy() if "weights" in targets else None
     balance = balancing_weights(original_images(train).subset(indices), parts.task, sampler)
     factors = [factor for factor in (parts.task.probe_weights(labels), sample_weights, balance) if factor is not None]
-    total_weights = np.prod(factors, axis=0) if factors else None
-    weight, bias = parts.task.fit_linear(features, labels, head.out_features, total_weights)
+    combined_weights = np.prod(factors, axis=0) if factors else None
+    weight, bias = parts.task.fit_linear(features, labels, head.out_features, combined_weights)
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
@@ -302,12 +308,12 @@ def base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 def is_clearly_better(only_first: int, only_second: int) -> bool:
     """Return whether the first of two classifiers is clearly better (McNemar's test, two standard errors).
 
-    Each argument is the number of images that only the respective classifier predicts correctly.
+    Each argument is the number of images that only that classifier classifies correctly.
     """
     return only_first - only_second > 2.0 * math.sqrt(only_first + only_second)
 
 
-def normalize_features(parts: RunComponents, optim: OptimConfig) -> FeatureNorm:
+def enable_feature_norm(parts: RunComponents, optim: OptimConfig) -> FeatureNorm:
     """Enable the normalization of the head's inputs.
 
     Raises:
@@ -325,7 +331,8 @@ class FeatureNorm(TrainerCallback):
 
     The head learns at the same rate along every feature, independently of its scale, and adapts to features that change
     during training. μ and σ are treated as constants in the backward pass, so a step does not depend on how the images
-    are split into batches and processes. `folded` provides the same function as a plain linear layer of `z`.
+    are split into batches and across processes. Inside `folded`, the head's weights express the same function as a
+    plain linear layer applied to `z`.
 
     Args:
         head: Linear layer, `[classes, width]`; its parameters are rescaled for `ẑ` so that its outputs do not change.
@@ -345,7 +352,7 @@ class FeatureNorm(TrainerCallback):
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """Mean and variance by name, which training updates in place."""
+        """Mean and variance, keyed by name. Training updates them in place."""
         return {"feature_norm.mean": self.mean, "feature_norm.var": self.var}
 
     @property
@@ -369,7 +376,7 @@ class FeatureNorm(TrainerCallback):
         """Update the statistics with the images of the step from all batches and processes."""
         width = len(self.mean)
         totals = sum_across_processes(torch.stack(self._sums).sum(0))
-        # `count` is positive: even if this process has discarded its batches, another one has counted their images
+        # `count` is positive: the images of a discarded batch repeat images that another process has counted
         count, sums, squares = totals.split([1, width, width])
         self._sums = []
         mean = sums / count
@@ -396,7 +403,7 @@ class FeatureNorm(TrainerCallback):
     def remove(self) -> None:
         """Stop normalizing the head's inputs.
 
-        The weights stay the same, so the outputs change until weights saved inside `folded` are loaded.
+        The weights stay the same, so the outputs are wrong until weights saved inside `folded` are loaded.
         """
         self._handle.remove()
 

@@ -44,8 +44,8 @@ from snella_app.training.finish import LiveReport, finish
 from snella_app.training.linear_probe import (
     cache_features,
     can_cache_features,
+    enable_feature_norm,
     init_head_from_probe,
-    normalize_features,
 )
 from snella_app.training.plan import describe_run, log_summary, resolve, shorten_hint
 from snella_app.training.session import InterruptCallback, lock_run, record_status
@@ -198,7 +198,7 @@ def _fit(
             cache_features(parts, optim.effective_batch_size)
         if optim.head_init == "probe" and checkpoint is None:
             init_head_from_probe(parts, optim, plan.data.sampler)
-        norm = normalize_features(parts, optim) if optim.head_norm == "running" else None
+        norm = enable_feature_norm(parts, optim) if optim.head_norm == "running" else None
         if optim.epochs:
             parts.initial_layer_features = None  # training changes the features
         if plan.run.shard and process_count() > 1:

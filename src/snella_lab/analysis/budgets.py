@@ -1,7 +1,7 @@
 """Budget plots: sparsity by layer in the saved adapter, and sparsity and importance by layer during training.
 
-The budget of a matrix is the number of its weights that an update may change. Figures and equations are those of the
-SNELLA paper (arXiv 2510.24037).
+The budget of a matrix is the number of its weights that an update may change. Figure and equation numbers refer to
+the SNELLA paper (arXiv 2510.24037).
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ class BudgetedRun:
         return _METRIC_NAMES.get(name, name)
 
     def layers(self, by: Layers) -> dict[str, list[MatrixInfo]]:
-        """Group the matrices by block or matrix, in model order. Matrices outside blocks form the last block, `–`."""
+        """Return the matrices of each layer (a block or a single matrix) in model order.
+
+        Matrices outside blocks form the last block, `–`.
+        """
         layers: dict[str, list[MatrixInfo]] = {}
         for matrix in self.allocation.matrices:
             block = "–" if matrix.depth is None else str(matrix.depth)
@@ -143,11 +146,12 @@ def layer_sparsities(run: BudgetedRun, budgets: Mapping[str, int], by: Layers) -
 def evolution(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot]:
     """Plot the importance and sparsity of each layer (Figure 16) and the total budget (Figure 6) during training.
 
-    The importance of a layer is the mean importance of its matrices. Each run has its own column of panels.
+    The importance of a layer is the mean importance of its matrices.
 
     Returns:
         Two plots. The table of `evolution` has one row per layer and recorded allocation. The figure shows at most six
-        allocations per run. The table of `budget` has one row per allocation, with the scheduled budget.
+        allocations per run, and each run in a separate column of panels. The table of `budget` has one row per
+        allocation, with the scheduled budget.
 
     Raises:
         FileNotFoundError: If a folder contains no run.

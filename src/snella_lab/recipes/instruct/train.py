@@ -32,14 +32,14 @@ _PACKAGES = ("snella", "torch", "peft", "transformers", "accelerate")
 _Item = dict[str, list[int]]
 
 
-def load_model(name: str, base: str = "fp32") -> nn.Module:
+def load_model(name: str, precision: str = "fp32") -> nn.Module:
     """Load a causal language model onto the CPU. See `load_pretrained` for errors.
 
     Args:
         name: Local folder in transformers format, or hub name.
-        base: Dtype of the weights: fp32 or bf16.
+        precision: Dtype of the weights: fp32 or bf16.
     """
-    dtype = torch.bfloat16 if base == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model: nn.Module = load_pretrained(AutoModelForCausalLM, name, "model", dtype=dtype)
     return model
 
@@ -203,5 +203,8 @@ def _encode_data(config: LanguageConfig, tokenizer: Any) -> tuple[list[_Item], l
 
 
 def _has_targets(item: _Item) -> bool:
-    """Return True if the loss uses a label of the item. The loss ignores the first label, which no token precedes."""
+    """Return True if the loss uses any of the item's labels.
+
+    The loss ignores the first label, because no token precedes it.
+    """
     return any(label != IGNORED for label in item["labels"][1:])
