@@ -220,8 +220,8 @@ def _p_text(p: float) -> str:
 @pytest.mark.parametrize(
     ("folders", "minutes", "name"),
     [
-        (_UNSEEN, 1, "eight that were not used"), (_UNSEEN, 3, "eight that were not used"),
-        (_UNSEEN, 10, "eight that were not used"), (_FRESH, 10, "the last four of these"),
+        (_UNSEEN, 1, "eight outside development"), (_UNSEEN, 3, "eight outside development"),
+        (_UNSEEN, 10, "eight outside development"), (_FRESH, 10, "the last four of these"),
         ((*_UNSEEN, *_DEVELOPMENT), 3, "all twelve"), ((*_UNSEEN, *_DEVELOPMENT), 10, "all twelve"),
     ],
 )  # fmt: skip
