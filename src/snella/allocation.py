@@ -66,11 +66,11 @@ def allocate(importance: Sequence[float], caps: Sequence[int], budget: int, min_
 
     Args:
         importance: Importance of each matrix. Negative values count as 0. If any value is not finite, all count as 0.
-            If all unsaturated matrices have importance 0, shares are proportional to size.
+            If all unsaturated matrices have importance 0, their shares are proportional to size.
         caps: Size of each matrix.
         budget: Number of entries to allocate, in `[0, sum(caps)]`.
         min_layer_share: Minimum budget of each matrix, as a fraction of its uniform share `budget · cap / Σ caps`. Only
-            the rest of the budget depends on importance. The paper uses no minimum, so a matrix can get budget 0; it
+            the rest of the budget depends on importance. The paper uses no minimum, so a matrix can get budget 0 and
             then has no gradient.
 
     Returns:
@@ -107,7 +107,7 @@ def _fill_in_proportion(scores: list[Fraction], capacities: list[int], budget: i
     open_matrices = {k for k, capacity in enumerate(capacities) if capacity > 0}
     remaining = Fraction(budget)
     while remaining > 0:
-        # if all open matrices have zero importance, allocate by capacity
+        # if all open (unsaturated) matrices have zero importance, allocate by capacity
         weights = {k: scores[k] for k in open_matrices}
         if not any(weights.values()):
             weights = {k: Fraction(capacities[k]) for k in open_matrices}

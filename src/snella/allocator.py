@@ -38,8 +38,9 @@ class BudgetAllocator:
 
     Every optimizer step updates the importance of every matrix. Every epoch, or every N steps (`realloc_every`), the
     global budget is set according to the schedule and reallocated. After the last epoch, or after the fraction
-    `schedule_end` of training, it is exactly `b_T = (1 − target_sparsity)·total_weights`. Creating the allocator sets
-    the initial budget and allocates it by size; budgets of the adapter that already have this sum are kept.
+    `schedule_end` of training, it equals `b_T = (1 − target_sparsity)·total_weights`, rounded to an integer. Creating
+    the allocator sets the initial budget and allocates it by size; budgets of the adapter that already have this sum
+    are kept.
 
     Most training loops need only one call to `attach`:
 
@@ -50,7 +51,7 @@ class BudgetAllocator:
     `attach`, call `update_and_allocate` between `loss.backward()` and `optimizer.step()`.
 
     Args:
-        model: Model with SNELLA layers, possibly wrapped by PEFT, DDP or `torch.compile`.
+        model: Model with SNELLA layers, possibly wrapped by PEFT, DDP, or `torch.compile`.
         total_epochs: Number of training epochs.
         steps_per_epoch: Optimizer steps per epoch, not batches. With gradient accumulation, several batches are one
             step.
@@ -122,7 +123,7 @@ class BudgetAllocator:
 
     @property
     def target_budget(self) -> int:
-        """Final global budget, `b_T = (1 − target_sparsity)·total_weights`."""
+        """Final global budget, `b_T = (1 − target_sparsity)·total_weights`, rounded to an integer."""
         return self.total_weights - round(self.config.target_sparsity * self.total_weights)
 
     @property
@@ -399,7 +400,7 @@ class BudgetAllocator:
         """Restore the budgets, importance averages, step, and history from a `state_dict`.
 
         Raises:
-            ValueError: If the format, matrices, rank or importance metric of the state do not match.
+            ValueError: If the format, matrices, rank, or importance metric of the state do not match.
         """
         if state.get("format") != _FORMAT:
             raise ValueError(f"the allocator's state must have format {_FORMAT}, got {state.get('format')!r}")
@@ -421,7 +422,7 @@ class BudgetAllocator:
     def _packed_state(self) -> dict[str, Any]:
         """Return the state with the history as a JSON string.
 
-        torch.distributed.checkpoint rejects a list if the list in the current state has a different length.
+        torch.distributed.checkpoint rejects a list whose length differs from that of the list in the current state.
         """
         state = self.state_dict()
         return {**state, "history": json.dumps(state["history"])}

@@ -44,7 +44,7 @@ class RecomputeCache:
         Args:
             effective: `W0 + Σ scaling·S`, in the dtype of the layer op.
             merged: The updates' merged matrices.
-            weight: Tensor that changes whenever `W0` changes.
+            weight: Tensor that changes whenever `W0` changes, or `None` if there is no `W0`.
         """
         self._entry = None
         is_within_backward = torch._C._current_graph_task_id() != -1  # -1: no backward pass is running
@@ -56,7 +56,7 @@ class RecomputeCache:
     ) -> tuple[Tensor | None, list[Merged] | None]:
         """Remove and return the cached effective weight and merged matrices.
 
-        Returns `(None, None)` if nothing is cached, or if the weight, the dtype or the number of updates has changed.
+        Returns `(None, None)` if nothing is cached, or if the weight, the dtype, or the number of updates has changed.
         """
         entry = self._entry
         self._entry = None
@@ -267,7 +267,7 @@ def backward_pass(
     saved_merged: Sequence[tuple[Tensor | None, ...]] = (),
     effective: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Gradients]:
-    """Return the gradients of input, weight, bias and the updates' factors.
+    """Return the gradients of the input, the weight, the bias, and the updates' factors.
 
     Args:
         grad_y: ∂L/∂y.
@@ -277,7 +277,7 @@ def backward_pass(
         updates: As in the forward pass, with their thresholds.
         call: As in the forward pass.
         needs: Gradients to return. The others are `None`.
-        saved_merged: `Merged.delta` or `Merged.columns` of each update, or an empty tuple if not saved.
+        saved_merged: `Merged.delta` or `Merged.columns` of each update, or an empty tuple if neither is saved.
         effective: The effective weight, if saved.
     """
     op, shape = call.op, call.weight_shape

@@ -7,7 +7,7 @@ The budget of a matrix is the maximum number of nonzero entries of its update. A
 | `layer.snella_budget` | buffers, saved with the adapter and read by compiled graphs |
 | `layer.snella_seal` | buffers, not saved: a hash of each budget (its seal) |
 | `Budgets.live` | the most recently set budgets |
-| `Budgets.records` | integers read from the buffers, valid until these change |
+| `Budgets.records` | copies of the buffers as integers, valid until a buffer changes |
 
 Model averaging may also average buffers (`AveragedModel(use_buffers=True)`, timm's `ModelEmaV2`). An averaged budget no
 longer matches its seal, so the layer restores the live budgets.
@@ -45,7 +45,7 @@ class Budgets:
 
     Attributes:
         live: Most recently set budgets by adapter. All copies of the layer share them.
-        records: Budgets read from the buffers, by adapter. Copies and pickles start without records.
+        records: Known contents of the buffers, by adapter. Copies and pickles start without records.
     """
 
     def __init__(self) -> None:
@@ -62,11 +62,11 @@ class Budgets:
 
 
 class BudgetBuffers(BufferDict):
-    """Budgets or seals of a layer by adapter. After an assignment, the budgets are sealed again.
+    """Budgets or seals of a layer by adapter. Assigning an attribute seals the budgets again.
 
     This is necessary because transformers' `load_adapter` assigns the budgets and replaces the seals with uninitialized
-    tensors. Averaging, which writes in place, and moves between devices, which replace the entries of `_buffers`, are
-    not assignments.
+    tensors. Averaging writes in place, and moves between devices replace the entries of `_buffers`, so neither seals
+    the budgets.
     """
 
     # does not refer to the layer itself, because a reference cycle would keep a deleted model in memory
@@ -116,7 +116,7 @@ def read_budgets(layer: SnellaLayer, adapter_name: str) -> tuple[int, ...]:
     is_sealed = stored_seals == [compute_seal(budget) for budget in budgets]
     record = layer._budgets.records.get(adapter_name)
     if is_sealed and record is not None and record.buffer is buffer and record.seal is seal:
-        # a write to the buffer alone, e.g. of an averaged `state_dict`, does not count as sealed
+        # if only the buffer was written, e.g. with an averaged budget, a matching seal does not count
         is_sealed = buffer._version == record.version or seal._version != record.seal_version
     if not is_sealed:
         budgets = layer._budgets.live[adapter_name]
@@ -133,9 +133,9 @@ def write_budgets(layer: SnellaLayer, adapter_name: str, budgets: tuple[int, ...
 
 
 def _record_budgets(layer: SnellaLayer | LayerBudgets, adapter_name: str, budgets: tuple[int, ...]) -> tuple[int, ...]:
-    """Record the budgets in an adapter's buffer and return them.
+    """Create a record of the budgets that an adapter's buffer contains, and return the budgets.
 
-    Inference tensors do not track changes, so their budgets are returned without a record.
+    Inference tensors do not track changes, so they get no record.
     """
     buffer, seal = layer.snella_budget[adapter_name], layer.snella_seal[adapter_name]
     if buffer.is_inference() or seal.is_inference():

@@ -47,10 +47,10 @@ def _count_step(optimizer: Optimizer, *_: Any) -> None:
 
 
 def compute_fingerprint(tensors: Sequence[Tensor | None]) -> tuple[tuple[int, int, int], ...] | None:
-    """Return the ids, addresses, and versions of tensors; every recorded write to a tensor changes at least one.
+    """Return the ids, addresses, and versions of tensors. Every write that torch records changes one of these values.
 
-    Returns `None` if a tensor was created in inference mode or is on the meta device, because writes to it are not
-    recorded.
+    Returns `None` if a tensor was created in inference mode, in which torch records no writes, or is on the meta
+    device.
     """
     entries = []
     for tensor in tensors:
@@ -117,7 +117,10 @@ class LayerCache:
         self._factor_values[name] = values
 
     def adapter(self, name: str, factors: Factors, budgets: tuple[int, ...], settings: tuple[Any, ...]) -> AdapterState:
-        """Return an adapter's cached state, or a new one after an optimizer step or a change of its inputs."""
+        """Return an adapter's cached state, or a new one after an optimizer step or a change of its inputs.
+
+        The new state is not cached in inference mode or if the factors have no fingerprint.
+        """
         # a later backward pass cannot use tensors computed in inference mode
         fingerprint = None if torch.is_inference_mode_enabled() else compute_fingerprint(factors)
         if fingerprint is None:
@@ -131,7 +134,7 @@ class LayerCache:
     def weight(self, tensors: Sequence[Tensor], settings: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
         """Return the effective weight, cached until an optimizer step or a change of `tensors` or `settings`.
 
-        It is not cached if writes to a tensor are not recorded (see `compute_fingerprint`).
+        It is not cached if `tensors` have no fingerprint (see `compute_fingerprint`).
         """
         fingerprint = compute_fingerprint(tensors)
         if fingerprint is None:

@@ -1,4 +1,7 @@
-"""Callback for transformers' `Trainer` that drives the budget allocator."""
+"""Callback for transformers' `Trainer` that drives the budget allocator.
+
+During training, the allocator reduces the budget, the maximum number of nonzero entries of all weight updates.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class SnellaCallback(TrainerCallback):
         adapter_name: Adapter to train; defaults to the first active one.
 
     Attributes:
-        allocator: The allocator, or `None` before the first training starts.
+        allocator: The allocator, or `None` before training starts for the first time.
     """
 
     def __init__(self, adapter_name: str | None = None) -> None:
@@ -51,7 +54,7 @@ class SnellaCallback(TrainerCallback):
                 f"{type(optimizer).__name__}; pass the callback to Trainer(callbacks=[…])"
             )
         if self.allocator is not None:
-            self.allocator.detach()  # an interrupted run has left it attached
+            self.allocator.detach()  # an interrupted run may have left it attached
         epochs = max(math.ceil(state.num_train_epochs), 1)
         length = len(train_dataloader) if has_length(train_dataloader) else 0
         if length:

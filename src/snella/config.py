@@ -1,4 +1,8 @@
-"""Configuration of a SNELLA adapter. Equation numbers and "the paper" refer to arXiv 2510.24037."""
+"""Configuration of a SNELLA adapter. Equation numbers and "the paper" refer to arXiv 2510.24037.
+
+For each adapted weight, a kernel function merges two trained factors into a matrix, whose largest entries determine the
+update. The budget is the maximum number of nonzero entries of all updates.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +65,7 @@ ImportanceMetric = Literal["sensitivity", "magnitude", "delta_magnitude", "delta
 Bias = Literal["none", "all", "snella_only"]
 
 MATCHED_KERNELS = ("mix_k", "p_linear")
-"""Kernels that `match_update` supports; their merged matrix includes a weighted sum of piece distances."""
+"""Kernels that `match_update` supports; their merged matrix includes a weighted sum of distances between pieces."""
 
 # hints for names that other PEFT methods give to similar fields
 _COUNTERPARTS = {
@@ -123,18 +127,18 @@ class SnellaConfig(PeftConfig):
     Args:
         r: Rank of the two factors; must be a multiple of `num_pieces` if the kernel has pieces.
         kernel: Kernel function that merges the factors: `mix_k`, `p_linear` (SNELL), `normalized_rbf`, `rbf`,
-            `sigmoid` or `linear` (LoRA's product).
-        num_pieces: Number of pieces per factor row in `mix_k`, `p_linear` and `normalized_rbf`; must divide `r` and
-            every rank in `rank_pattern`.
+            `sigmoid`, or `linear` (LoRA's product).
+        num_pieces: Number of pieces per factor row in `mix_k`, `p_linear`, and `normalized_rbf`; must divide `r`
+            and every rank in `rank_pattern`.
         target_sparsity: Fraction of zeros in the update at the end of training, in `[0, 1)`.
         init_sparsity: Fraction of zeros in the update at the start of training, at most `target_sparsity`.
         target_modules: Modules to adapt: a list of names or suffixes, a regular expression for full names, or
-            `"all-linear"` (every linear layer except the head, patch embedding and patch merging). The default depends
+            `"all-linear"` (every linear layer except the head, patch embedding, and patch merging). The default depends
             on the model: the attention projections of Stable Diffusion 3, the image encoder of SAM, or
             `"all-linear"`. If only the head has linear layers (e.g. in a ResNet), the default is the ungrouped
             convolutions, except the stem (the first convolution) and those inside modules named `downsample`.
         exclude_modules: Modules to exclude: a list of names or suffixes, or a regular expression for full names.
-        layers_to_transform: Block indices to adapt; not available if `target_modules` is a regular expression.
+        layers_to_transform: Indices of the blocks to adapt; not available if `target_modules` is a regular expression.
         layers_pattern: Names of the lists of blocks, e.g. `layers`; defaults to the first numbered list in a module
             name. Requires `layers_to_transform`.
         qkv_groups: Number of matrices in fused query-key-value layers; each matrix competes separately. `"auto"`
@@ -166,19 +170,19 @@ class SnellaConfig(PeftConfig):
         zero_init_ema: If True, start the moving average of the importance at zero and update it after the optimizer
             step, as in the authors' code. Otherwise, it starts at the first value and is updated before the step.
         allocation: `"competition"` allocates the budget by importance, `"uniform"` by size (SNELL).
-        schedule: Budget schedule: `cubic`, `quadratic`, `linear` or `constant`.
+        schedule: Budget schedule: `cubic`, `quadratic`, `linear`, or `constant`.
         match_update: If True, `create_snella_optimizer` scales the factors' steps so that each step changes the update
             in proportion to its base weight (see `StepMatcher`). Requires the kernel `mix_k` or `p_linear`.
         schedule_end: Fraction of training after which the budget reaches its target, in `(0, 1]`. The paper uses 1.
             Below 1, the remaining steps train at the target sparsity.
         importance: Importance metric: `sensitivity` (eq. 11), `magnitude` (of the factors), `delta_magnitude` (of each
-            entry of the update, the paper's W-Magnitude; stores two numbers per adapted weight) or
+            entry of the update, the paper's W-Magnitude; stores two numbers per adapted weight), or
             `delta_mean_magnitude` (mean over the update).
         realloc_every: `"epoch"`, or the number of optimizer steps between allocations.
         beta1: Decay of the moving average of the importance.
         beta2: Decay of the moving average of the importance's uncertainty.
         min_layer_share: Minimum budget of each matrix, as a fraction of its uniform share. The paper uses 0.
-        softmax_dim: 0 normalizes each column of the merged matrix over its outputs, 1 each row over its inputs.
+        softmax_dim: 0 normalizes each column of the merged matrix over its outputs; 1, each row over its inputs.
         center_softmax: Subtract the softmax's mean. Not in the paper.
         cache_delta: Save the merged matrix (the effective weight with numba) for the backward pass instead of
             rebuilding it. In evaluation mode, also cache the effective weight of layers with a quantized base weight.
@@ -188,7 +192,7 @@ class SnellaConfig(PeftConfig):
             these outputs through `.data` are not detected and give wrong gradients; set `False` if your code does this.
             `False` in one adapter disables it for all adapters of the model.
         compress_activations: Store the inputs of normalizations and activations in int8 (see
-            `snella.memory.origins.encode`), and queries, keys and values in int8 instead of attention's saved
+            `snella.memory.origins.encode`), and queries, keys, and values in int8 instead of attention's saved
             tensors. The backward passes of these operations and of the layers that follow use the stored values.
             Outputs stay exact; gradients are computed at the rounded activations. Requires `recompute_inputs=True`. Has
             no effect unless all active adapters set it.
@@ -198,10 +202,10 @@ class SnellaConfig(PeftConfig):
             and all other gradients stay exact. Convolutions, `impl="reference"`, updates folded into a trained base
             weight, and weights that a model reads for operations other than `F.linear` always use exact gradients.
         impl: Implementation of the adapted layer: `"auto"`, `"triton"` (Triton kernels on a CUDA device), `"numba"`
-            (Numba kernels on the CPU), `"eager"` or `"reference"`; see `snella.functional.adapted_linear`.
+            (Numba kernels on the CPU), `"eager"`, or `"reference"`; see `snella.functional.adapted_linear`.
         init_weights: `True` draws small factors: with `mix_k`, the RMS of the update of a 768×768 weight starts near
-            5e-6. With `sigmoid` and `rbf`, the merged matrix starts near 0.5 and 1, so the initial update is large.
-            In narrow layers, updates of kernels with pieces start smaller than in the paper (see
+            5e-6. With `sigmoid` and `rbf`, the merged matrix starts near 0.5 and 1, respectively, so the initial
+            update is large. In narrow layers, updates of kernels with pieces start smaller than in the paper (see
             `SnellaLayer.max_initial_ratio`). `False` draws larger factors, for tests.
         unused_modules: Set by `PeftModel.save_pretrained`; do not set it. Adapted modules that the model neither called
             nor read, and that are therefore untrained. Merging the loaded adapter warns about them.
@@ -273,10 +277,10 @@ class SnellaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # PEFT's enum has no SNELLA member, see snella.compat.registration
+        # PEFT's enum has no SNELLA member (see `snella.compat.registration`)
         self.peft_type = PEFT_TYPE
         self.watch = TrainingWatch()
-        # check types first, because the later checks compare, hash and compile the values
+        # check types first, because the later checks compare, hash, and compile the values
         errors = []
         for name, annotation in {**SnellaConfig.__annotations__, "inference_mode": "bool"}.items():
             value = getattr(self, name)
@@ -302,7 +306,7 @@ class SnellaConfig(PeftConfig):
                 setattr(self, name, set(value))
 
     def rank_of(self, module_name: str) -> int:
-        """Return a layer's rank: the value of the longest matching key in `rank_pattern`, else `r`."""
+        """Return a layer's rank: the value of the longest matching key in `rank_pattern`, or `r` if none matches."""
         key = longest_suffix(module_name, self.rank_pattern)
         return self.r if key is None else self.rank_pattern[key]
 
@@ -331,7 +335,7 @@ class SnellaConfig(PeftConfig):
         return settings
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json` and add loading instructions to the model card next to it."""
+        """Write `adapter_config.json` and add loading instructions to the model card next to it, if any."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
         if card.is_file() and _CARD_HEADING not in (content := card.read_text(encoding="utf-8")):
@@ -381,7 +385,7 @@ class SnellaConfig(PeftConfig):
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Drop `fixed_support`, a field of earlier adapter files, and reject its unsupported value True."""
+        """Drop `fixed_support`, a field in files of earlier versions, and reject its unsupported value `True`."""
         if kwargs.pop("fixed_support", False):
             raise ValueError(
                 "fixed_support=True is not supported: the adapter has a predefined mask; train it again with the "
@@ -390,7 +394,7 @@ class SnellaConfig(PeftConfig):
         return kwargs
 
     def _choice_errors(self) -> list[str]:
-        """Return messages about invalid choices, with the closest valid one if any, and about choices that conflict."""
+        """Return messages about invalid choices, with the closest valid choice if any, and about conflicting ones."""
         choices = {
             "preset": get_args(Preset),
             "kernel": tuple(KERNELS),
@@ -519,7 +523,7 @@ class SnellaConfig(PeftConfig):
 
 
 def read_config(folder: str | Path) -> PeftConfig:
-    """Read the configuration of an adapter of any method, without its tensors.
+    """Read the configuration of an adapter of any PEFT method, without its tensors.
 
     Raises:
         ValueError: If the file is corrupt, or the method is not registered with PEFT.
@@ -535,7 +539,7 @@ def read_config(folder: str | Path) -> PeftConfig:
 
 
 def _has_type(value: Any, annotation: Any) -> bool:
-    """Return whether a value has the annotated type; tuples, sets, and ranges count as lists, integers as floats."""
+    """Return whether a value has the given type; tuples, sets, and ranges count as lists, and integers as floats."""
     origin = get_origin(annotation)
     args = get_args(annotation)
     if origin is UnionType:
@@ -554,7 +558,7 @@ def _has_type(value: Any, annotation: Any) -> bool:
 
 
 def _with_lists(value: Any) -> Any:
-    """Replace tuples, sets and ranges with lists, also in the values of a dict, so that they can be saved as JSON."""
+    """Replace tuples, sets, and ranges, including those in a dict, with lists, so that they can be saved as JSON."""
     if isinstance(value, dict):
         return {key: _with_lists(item) for key, item in value.items()}
     if isinstance(value, set):

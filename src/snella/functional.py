@@ -1,4 +1,4 @@
-"""Functional API of the adapted layer, which computes `y = x (W0 + scaling·S)ᵀ + bias` with one product."""
+"""Functional API of the adapted layer, which computes `y = x (W0 + scaling·S)ᵀ + bias` with one matrix product."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def adapted_linear(
         mode: `"soft"` (eq. 13 of arXiv 2510.24037), `"official"` (with `quantile_threshold`), or `"none"` (`S = ΔW`),
             which requires the budget `m·n`.
         impl: `"eager"` (torch operations with a hand-written backward pass that rebuilds the update), `"numba"` (Numba
-            kernels on the CPU), `"triton"` (Triton kernels on a CUDA device), `"auto"` (see `choose_backend`) or
+            kernels on the CPU), `"triton"` (Triton kernels on a CUDA device), `"auto"` (see `choose_backend`), or
             `"reference"` (torch operations with autograd).
         cache_delta: See `adapted_layer`.
 
@@ -68,7 +68,7 @@ def adapted_linear(
         `[…, m]`.
 
     Raises:
-        ValueError: If the shapes of factors, scalars and weight do not match, a scalar is missing, or the budget or an
+        ValueError: If the shapes of factors, scalars, and weight do not match, a scalar is missing, or the budget or an
             option is invalid.
         ImportError, NotImplementedError, RuntimeError: If `impl` is not available (see `choose_backend`).
     """

@@ -70,7 +70,7 @@ class ImportanceTracker:
 
     Args:
         matrices: The adapted matrices.
-        metric: `sensitivity`, `magnitude`, `delta_magnitude` or `delta_mean_magnitude`.
+        metric: `sensitivity`, `magnitude`, `delta_magnitude`, or `delta_mean_magnitude`.
         beta1: Decay of Ī.
         beta2: Decay of U.
         zero_init_ema: If True, start Ī at 0, as the authors' code does.
@@ -123,7 +123,10 @@ class ImportanceTracker:
 
     @torch.no_grad()
     def names_with_gradient(self) -> set[str]:
-        """Return the names of the matrices with gradients of both factors, at least one of them nonzero."""
+        """Return the names of the matrices with gradients of both factors, at least one of them nonzero.
+
+        If FSDP shards the factors, a nonzero gradient of one factor suffices.
+        """
         observations = self._observe_factors(with_gradient=True)
         names = [matrix.name for matrix in self.matrices]
         device = _factor_parameters(self.matrices[0])[0].device
@@ -216,7 +219,7 @@ class ImportanceTracker:
         return observations
 
     def _observe_updates(self) -> dict[str, _Observation]:
-        """Return every sparse update or its mean magnitude, merging each layer only once.
+        """Return every sparse update or its mean magnitude, merging the factors of each layer only once.
 
         Raises:
             NotImplementedError: If the factors are sharded, because merging requires complete factors.
@@ -390,7 +393,7 @@ class _Shard(NamedTuple):
     def part(self, begin: int, shape: torch.Size, *, with_gradient: bool) -> _Observation:
         """Return the local entries of one matrix's factor, which starts at entry `begin` of the layer's factor.
 
-        There may be none. If `with_gradient`, a missing gradient is zero.
+        There may be no such entries. If `with_gradient`, a missing gradient is zero.
         """
         end = begin + shape.numel()
         low = min(max(begin, self.start), end)

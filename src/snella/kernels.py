@@ -1,7 +1,7 @@
 """Kernel functions κ that merge two low-rank factors into one high-rank matrix.
 
-Entry `[i, j]` of the matrix is a function of one row of each factor. Piecewise kernels split the rows into pieces and
-depend on the distance between each pair of pieces.
+Entry `[i, j]` of the matrix is a function of one row of each factor. Piecewise kernels split both rows into pieces and
+depend on the distances between corresponding pieces.
 
 These classes use plain torch operations and are the reference for all faster implementations. Each kernel in this
 module has a formula that autograd can differentiate (`merge`) and a hand-written derivative (`vjp`).
@@ -91,7 +91,7 @@ def piece_distances(A: Tensor, B: Tensor, num_pieces: int) -> Tensor:
     Args:
         A: Input-side factor, `[n, r]`.
         B: Output-side factor, `[m, r]`.
-        num_pieces: `P`, must divide `r`.
+        num_pieces: `P`; must divide `r`.
 
     Returns:
         `[P, m, n]`.

@@ -151,7 +151,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     max_initial_ratio = 0.15
     """Bound on `√n · rms(S) / rms(W0)` for the initial update `S` of kernels with pieces; see `bound_initial_update`.
 
-    ViT and Swin layers start below it.
+    Layers of ViT and Swin start below this bound anyway.
     """
 
     is_applied = False
@@ -437,7 +437,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def budgets(self, adapter_name: str) -> tuple[int, ...]:
         """Return the budget of each matrix.
 
-        The buffer is read only after it has changed, because reading it synchronizes with the device.
+        A buffer is not read again until it changes, because reading it synchronizes with the device. Inference tensors
+        do not track changes, so they are read in every call.
         """
         buffer: Any = self._modules["snella_budget"]._buffers[adapter_name]  # type: ignore[union-attr]
         record = self._budgets.records.get(adapter_name)
@@ -447,7 +448,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return record.budgets if is_unchanged else read_budgets(self, adapter_name)
 
     def seal_budgets(self, adapter_name: str) -> None:
-        """Record the buffer's values as the live budgets (see `Budgets`). Call it after every write to the buffer."""
+        """Make the buffer's values the live budgets (see `snella.budgets`). Call this after writing to the buffer."""
         seal_budgets(self, adapter_name)
 
     def matrix_rows(self, adapter_name: str) -> tuple[slice, ...]:
@@ -492,8 +493,8 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
     def train(self, mode: bool = True) -> Self:
         """Switch between training and evaluation.
 
-        A change of the mode frees cached tensors. It also restores averaged budgets, as does any switch to evaluation,
-        because a compiled graph reads the buffers directly.
+        A change of the mode frees cached tensors. It also restores averaged budgets, as does every call with
+        `mode=False`, because a compiled graph reads the buffers directly.
         """
         is_change = mode != self.training
         if is_change:
@@ -521,7 +522,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         return self
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, torch.dtype | None]:
-        """Return the device and dtype for the factors: float32 if the base weight has 8 bits per entry."""
+        """Return the device and dtype for the factors. The dtype is float32 if the base weight has 8 bits per entry."""
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         return device, torch.float32 if dtype is not None and dtype.itemsize == 1 else dtype
 
@@ -753,7 +754,7 @@ def _is_regularized(layer: SnellaLayer, adapter_name: str) -> bool:
 def get_base(layer: SnellaLayer) -> Any:
     """Return `layer.get_base_layer()` with fewer Python calls."""
     base = layer._modules.get("base_layer")
-    # the base layer of an attention projection is not an `nn.Module`, and any other may itself wrap a base layer
+    # the base layer of an attention projection is not an `nn.Module`, and any other base layer may wrap another
     return layer.get_base_layer() if base is None or "base_layer" in base._modules else base
 
 
@@ -807,7 +808,7 @@ def update_specs(layer: SnellaLayer) -> None:
 
 
 def _init_parameters(layer: SnellaLayer, adapter_name: str) -> None:
-    """Initialize an adapter's factors and scalars, and bound its initial update by `max_initial_ratio`.
+    """Initialize factors and scalars, and bound the initial update of a piecewise kernel (see `max_initial_ratio`).
 
     Does nothing if the factors are on the meta device, because loading the adapter fills them later.
     """

@@ -1,4 +1,7 @@
-"""Adapted matrices of a model, used by the allocator and the reports."""
+"""Adapted matrices of a model, used by the allocator and the reports.
+
+A fused layer, such as `qkv`, stacks several matrices in one weight, and each matrix has its own budget.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _INNER_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_mod
 
 @dataclass(frozen=True)
 class AdaptedMatrix:
-    """View of an adapted matrix of a layer, with its factors and budget.
+    """View of one adapted matrix of a layer, with its factors and budget.
 
     Args:
         name: Module name, plus the name of the part in fused layers, e.g. `"blocks.0.attn.qkv.q"`.
@@ -116,7 +119,7 @@ def adapted_matrices(model: nn.Module, adapter_name: str | None = None) -> list[
         depth = depths.get(_strip_wrappers(block))
         count = len(layer.row_counts[adapter_name])
         part_names = [str(group) for group in range(count)]
-        if count == 3:  # assumed to be query, key, and value: the names of fused layers differ between models
+        if count == 3:  # assumed to be query, key, and value, because the names of fused layers differ between models
             part_names = ["q", "k", "v"]
         elif count == 2 and name.rpartition(".")[2] == "kv":
             part_names = ["k", "v"]

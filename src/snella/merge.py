@@ -69,7 +69,7 @@ def merged_weight(
     adapter_names: list[str],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return a detached `W0 + Σ scaling·S`, bit-identical to the weight used in the forward pass.
+    """Return the detached `W0 + Σ scaling·S`. With a dense `W0`, it equals the weight in a forward pass bit for bit.
 
     Args:
         layer: Layer with these adapters.
@@ -249,8 +249,8 @@ class EffectiveWeight(Tensor):
             base: The base weight.
             compute: Returns the weight with its updates.
             multiply: Returns `F.linear` of an input, this weight, and a bias, without saving the weight for the
-                backward pass, or `None` if the weight must be computed. This argument is `None` for convolutions and
-                transformers' `Conv1D`.
+                backward pass. Returns `None` if the weight must be computed. This argument itself is `None` for
+                convolutions and transformers' `Conv1D`.
         """
         weight = base.detach().as_subclass(EffectiveWeight)
         weight._base_weight = base

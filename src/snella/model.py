@@ -1,4 +1,4 @@
-"""The PEFT tuner that replaces a model's layers with `SnellaLayer`s.
+"""The PEFT tuner that replaces a model's layers with `SnellaLayer`s, whose updates are computed from small factors.
 
 A *target* is a module that the configuration selects for adaptation. A *token* is a bare parameter that an adapter
 trains in full, such as `cls_token`. A *mark* on the output of a normalization or activation lets the backward pass
@@ -78,12 +78,12 @@ class SnellaModel(BaseTuner):
     Raises:
         ValueError: If no module matches `target_modules` or a key of `rank_pattern` or `qkv_groups`, if matching an
             expression takes too long, if the factors are far larger than the weights, if `qkv_groups` does not fit a
-            fused layer, if `parameters_to_save` names a missing parameter or one inside an adapted layer, or if
-            `trainable_token_indices` names a missing embedding or row.
+            fused layer, if `parameters_to_save` names a missing parameter, one inside an adapted layer, or a shared one
+            twice, or if `trainable_token_indices` names a missing embedding or row.
         TypeError: If a targeted module is neither linear nor a 2D convolution, or `config` is not a `SnellaConfig`.
         NotImplementedError: If a targeted module has an unsupported quantized weight or padding, a shared weight, a
-            custom `forward`, or an adapter of another method, or is the output projection of an attention module at the
-            root; if `impl` does not support the updates; or if `ensure_weight_tying=True` and a target is tied.
+            custom `forward`, or an adapter of a different method, or is the output projection of an attention module at
+            the root; if `impl` does not support the updates; or if `ensure_weight_tying=True` and a target is tied.
         ImportError: If `impl` is `"triton"` or `"numba"`, and the package is missing or unusable.
         RuntimeError: If a targeted bitsandbytes module is not quantized yet, or `impl` is `"triton"` and its kernels
             fail the first-use check.
@@ -269,7 +269,7 @@ class SnellaModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        """Match as PEFT does, but with a time limit, and also apply `layers_to_transform` to full names."""
+        """Match as PEFT does, but with a time limit, and apply `layers_to_transform` even to full names of targets."""
         # modules inside an adapted attention module match under their original name
         key = key.replace(".base_layer.", ".")
         if not isinstance(peft_config, SnellaConfig):
@@ -293,7 +293,7 @@ class SnellaModel(BaseTuner):
         flags_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             with warnings.catch_warnings():
-                # PEFT compares the keys with the targets, which do not list the projections of attention modules
+                # PEFT compares the keys with the targets, which do not list the input projections of attention modules
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
@@ -455,9 +455,9 @@ class SnellaModel(BaseTuner):
     ) -> None:
         """Add an adapter to one projection of a wrapped attention module."""
         full_name = f"{attention_name}.{name}"
-        base = BaseProjection(wrapper.base_layer, name).weight
-        reject_quantized_projection(base, full_name)
-        rows = count_rows(full_name, base.shape[0], base.shape[1], wrapper, peft_config.qkv_groups)
+        weight = BaseProjection(wrapper.base_layer, name).weight
+        reject_quantized_projection(weight, full_name)
+        rows = count_rows(full_name, weight.shape[0], weight.shape[1], wrapper, peft_config.qkv_groups)
         is_new = wrapper.adapt(name, adapter_name, peft_config, rows, full_name)
         if is_new and adapter_name not in self.active_adapters:
             # an additional adapter trains only after activation
@@ -543,12 +543,12 @@ class SnellaModel(BaseTuner):
         if isinstance(config, SnellaConfig) and not any(layer.snella_budget[adapter_name].is_meta for layer in layers):
             config.watch.on_saving(model, layers, adapter_name)
             unused = [layer.module_name for layer in layers if not layer.is_applied]
-            if len(unused) < len(layers):  # else nothing has run here, and the field comes from another process
+            if len(unused) < len(layers):  # otherwise nothing has run here, and the field comes from another process
                 config.unused_modules = unused or None
         return selected
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Mark parameters as PEFT does, and also biases of adapted attention modules, which PEFT does not find."""
+        """Freeze parameters as PEFT does, except trained biases of adapted attention modules, which PEFT misses."""
         super()._mark_only_adapters_as_trainable(model)
         if any(getattr(self.peft_config[name], "bias", "none") != "none" for name in self.active_adapters):
             for name in _attention_biases(model):

@@ -1,7 +1,7 @@
 """Operations of adapted layers, their weights and inputs, and approximate weight gradients.
 
-A layer's *op* computes its output and gradients for a given weight. A *token* is one row of a linear layer's input,
-flattened to `[T, n]`.
+A layer's *op* computes the layer's output and gradients for a given weight. A *token* is one row of a linear layer's
+input, flattened to `[T, n]`. An *update* is the matrix that an adapter adds to the weight.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 MIN_TOKENS = 64
-"""Minimum sample size, if there are enough tokens. Products of fewer tokens cost little compared to merging."""
+"""Minimum sample size, if there are that many tokens.
+
+The product of fewer tokens costs little compared to merging an adapter's factors.
+"""
 MIN_SHARE = 2**-10
 """Minimum fraction of sampled tokens.
 
 Floats between this and 1 have integer ratios that fit the int64 arguments of compiled graphs.
 """
 WITHOUT_FLOAT64 = {"mps"}
-"""Device types that reject float64 tensors. Some `xpu` devices do so, too."""
+"""Device types that reject float64 tensors. Some `xpu` devices reject them, too."""
 _ROUNDS = 4  # iterations to find the tokens with probability 1
 
 
 class LayerOp(Protocol):
-    """Protocol of a layer's op: the output and its gradients, for a weight `[m, …]` with `m` outputs."""
+    """Protocol of a layer's op: the output and the gradients, for a weight `[m, …]` with `m` output features."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the layer's output."""
@@ -56,7 +59,7 @@ class LinearOp:
 
     Args:
         token_share: Fraction of the tokens from which the gradient of an update is estimated (see `sample_tokens`). A
-            value of 1 uses all tokens. All other gradients are exact.
+            value of 1 uses all tokens. The other gradients are always exact.
         is_rounded: If True, compute the gradient of an update in bfloat16.
     """
 
@@ -73,13 +76,13 @@ class LinearOp:
         return grad_y.reshape(-1, grad_y.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
     def gradient_tokens(self, grad_y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ∂L/∂y `[k, m]` and `x` `[k, n]`, whose product is the exact or estimated gradient of an update."""
+        """Return ∂L/∂y `[k, m]` and `x` `[k, n]` of all tokens, or the result of `sample_tokens`."""
         grad_y = grad_y.reshape(-1, grad_y.shape[-1])
         x = x.reshape(-1, x.shape[-1])
         return (grad_y, x) if self.token_share == 1 else sample_tokens(grad_y, x, self.token_share)
 
     def product(self, grad_y: Tensor, x: Tensor) -> Tensor:
-        """Return `∂L/∂yᵀ x`, `[m, n]`, of the tokens from `gradient_tokens`, in bfloat16 if `is_rounded`."""
+        """Return an update's gradient `(∂L/∂y)ᵀ x` `[m, n]` from `gradient_tokens`, in bfloat16 if `is_rounded`."""
         if self.is_rounded:
             grad_y, x = grad_y.to(torch.bfloat16), x.to(torch.bfloat16)
         return grad_y.T @ x
@@ -188,7 +191,7 @@ class WeightOp:
 
 def layer_op_from_ints(ints: Sequence[int]) -> LayerOp:
     """Decode an op from the result of `LinearOp.to_ints` or `Conv2dOp.to_ints`."""
-    if len(ints) <= 3:  # a linear op has 3 integers, or none by default; a convolution has 7
+    if len(ints) <= 3:  # a linear op has 3 integers, or none if it is `LinearOp()`; a convolution has 7
         return LinearOp(ints[0] / ints[1], bool(ints[2])) if ints else LinearOp()
     return Conv2dOp(stride=tuple(ints[:2]), padding=tuple(ints[2:4]), dilation=tuple(ints[4:6]), groups=ints[6])
 
@@ -328,7 +331,7 @@ def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tens
 
 
 def check_floating_point(x: Tensor, layer_name: str) -> None:
-    """Raise `TypeError` for an integer input, as `nn.Linear` does, because the outputs would be rounded to integers."""
+    """Raise `TypeError` unless the input is floating-point, because the output would be converted to its dtype."""
     if not x.is_floating_point():
         raise TypeError(f"the input of {layer_name!r} must be floating-point, got {x.dtype}; convert it first")
 

@@ -44,8 +44,8 @@ def create_snella_optimizer(
     """Create an optimizer with parameter groups for a SNELLA model, as in `peft.optimizers`.
 
     The kernels' scalars need a smaller learning rate and no weight decay. `β` shifts every entry of `ΔW`, and an
-    adaptive optimizer changes it by about one learning rate per step. At the factors' learning rate, `β` soon exceeds
-    the standard deviation of `ΔW`, and the piece coefficients `α_p`, initially ±0.1, change sign.
+    adaptive optimizer changes `β` by about one learning rate per step. At the factors' learning rate, `β` would soon
+    exceed the standard deviation of `ΔW`, and the piece coefficients `α_p`, initially ±0.1, would change sign.
 
     Args:
         model: Any model. Trainable parameters outside SNELLA, e.g. of the head, form separate groups.
@@ -77,11 +77,11 @@ def create_snella_optimizer(
                 parameters.extend(p for p in getattr(module, attribute).values() if p.requires_grad)
     adapter_ids = {id(parameter) for parameter in (*factors, *scalars)}
     other_params = [p for p in model.parameters() if p.requires_grad and id(p) not in adapter_ids]
-    tokens = {id(p) for token in token_adapters(model) for p in token.snella_token.values()}
-    tokens |= {id(p) for name, p in model.named_parameters() if ".trainable_tokens_delta." in name}
+    token_ids = {id(p) for token in token_adapters(model) for p in token.snella_token.values()}
+    token_ids |= {id(p) for name, p in model.named_parameters() if ".trainable_tokens_delta." in name}
     sharded_shapes = _fsdp1_shapes(model)
     # weights have several axes, unlike biases and norms; trained tokens and token rows have no weight decay either
-    matrix_ids = {id(p) for p in other_params if len(sharded_shapes.get(id(p), p.shape)) > 1} - tokens
+    matrix_ids = {id(p) for p in other_params if len(sharded_shapes.get(id(p), p.shape)) > 1} - token_ids
     decayed = [p for p in other_params if id(p) in matrix_ids]
     not_decayed = [p for p in other_params if id(p) not in matrix_ids]
     other_lr = lr if head_lr is None else head_lr
@@ -113,7 +113,7 @@ def create_snella_optimizer(
 
 
 def _fsdp1_shapes(model: nn.Module) -> dict[int, torch.Size]:
-    """Return the full shapes of the parameters that FSDP1 shards, by `id`, because the shards are flat."""
+    """Return, by `id`, the full shapes of the parameters that FSDP1 shards, because the shards are flat."""
     shapes: dict[int, torch.Size] = {}
     for module in model.modules():
         flat_param = getattr(getattr(module, "_handle", None), "flat_param", None)
@@ -163,19 +163,18 @@ def store_in_state(
 class StepMatcher:
     """Step scaling that makes each optimizer step change an update in proportion to its base weight.
 
-    Except in mode `none`, `S` is quadratic in `ΔW`, so under Adam, the update grows with `(lr·steps)²`. Its relative
-    growth depends on `scaling`, the matrix's shape, and the size of the base weights. With the piece coefficients `α_p`
-    and
+    Except in mode `none`, `S` is quadratic in `ΔW`, so under Adam, the update grows with `(lr·steps)²`. How fast it
+    grows relative to the base weights depends on `scaling`, the matrix's shape, and the size of the base weights. With
+    the rank `r`, the piece coefficients `α_p`, and
 
         τ = lr·rms(W0)/|scaling|               the target change of S per step
-        c = 2·√mean|S|                         about rms(dS/dΔW), with the derivative of the factor; 1 where S = ΔW
+        c = 2·√mean|S|                         about rms(dS/dΔW) without detaching; 1 in mode `none`
         δ = 2τ / (c + √(c² + 4τ))              solves c·δ + δ² = τ: the linear and the quadratic term
         step ← step · δ / (lr·rms(α_p)·√r)     an Adam step of lr in every entry changes ΔW by about lr·rms(α_p)·√r
 
     one step changes `scaling·S` by about `lr·rms(W0)` in every layer, for every backbone and scaling, throughout
     training. If `lr`, `scaling`, `W0`, or all `α_p` are zero, the step is not scaled. The forward pass and the file
-    formats do not change.
-    `mean|S|` is measured every `interval` steps, whereas the learning rate is read at each step.
+    formats do not change. `mean|S|` is measured every `interval` steps, whereas the learning rate is read at each step.
 
     Args:
         model: Model with SNELLA layers.
@@ -229,18 +228,18 @@ class StepMatcher:
         # read at each step, because accelerate's `prepare` replaces the groups
         lr_by_parameter = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
         coeffs_by_adapter = [layer.snella_piece_coeff[name].detach().float() for layer, name in self._adapters]
-        coeff_rms = [coeffs.square().mean(1).sqrt() for coeffs in coeffs_by_adapter]
+        rms_by_adapter = [coeffs.square().mean(1).sqrt() for coeffs in coeffs_by_adapter]
         # in one tensor, so that reading the values synchronizes only once
-        all_coeff_rms = iter(torch.cat([rms.to(coeff_rms[0].device) for rms in coeff_rms]).tolist())
+        all_coeff_rms = iter(torch.cat([rms.to(rms_by_adapter[0].device) for rms in rms_by_adapter]).tolist())
         for (layer, name), weights_rms, slopes in zip(self._adapters, self._weight_rms, self._slopes, strict=True):
             lr = lr_by_parameter.get(id(layer.snella_A[name]), 0.0)
             scaling = abs(layer.scaling[name])
             rank = layer.snella_config[name].rank_of(layer.module_name)
-            coeffs = list(islice(all_coeff_rms, len(weights_rms)))
+            coeffs_rms = list(islice(all_coeff_rms, len(weights_rms)))
             scales = []
-            for weight_rms, slope, coeff in zip(weights_rms, slopes, coeffs, strict=True):
+            for weight_rms, slope, coeff_rms in zip(weights_rms, slopes, coeffs_rms, strict=True):
                 target_change = lr * weight_rms / scaling if scaling else 0.0
-                step_change = lr * coeff * math.sqrt(rank)
+                step_change = lr * coeff_rms * math.sqrt(rank)
                 scale = 1.0
                 if target_change > 0 and step_change > 0:
                     scale = 2 * target_change / (slope + math.sqrt(slope**2 + 4 * target_change)) / step_change
@@ -269,7 +268,7 @@ class StepMatcher:
         return {"step": self.step, "slopes": [list(slopes) for slopes in self._slopes]}
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore the result of `_state`; raise `ValueError` if its numbers of matrices do not match the model."""
+        """Restore the result of `_state`; raise `ValueError` if its matrix counts per layer differ from the model's."""
         expected = [len(layer.row_counts[name]) for layer, name in self._adapters]
         counts = [len(slopes) for slopes in state["slopes"]]
         if counts and counts != expected:

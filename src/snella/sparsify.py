@@ -17,7 +17,7 @@ KEEP_ALL = -1.0
 
 
 def sparsify(delta: Tensor, threshold: Tensor, mode: SparsifyMode = "soft") -> Tensor:
-    """Zero the entries of `delta` whose magnitude does not exceed `threshold`, and weight the others by magnitude.
+    """Zero the entries of `delta` whose magnitude does not exceed `threshold`, and scale the others as `mode` requires.
 
         soft:      S[i, j] = delta[i, j] · max(|delta[i, j]| − threshold, 0)                      (eq. 13)
         official:  S[i, j] = delta[i, j] · |delta[i, j]|·1[|delta[i, j]| > threshold]             (the authors' code)
@@ -67,8 +67,8 @@ def keep_threshold(delta: Tensor, budget: int) -> Tensor:
     synchronization.
 
     All entries that tie with `t` become zero. Fewer than `budget` entries remain if `t` occurs more than once among
-    the largest `budget + 1`. No entry remains if the largest magnitude ties with `t`, e.g. in a constant matrix. Ties
-    occur if `delta` has few distinct values (e.g. in half precision) or repeated rows or columns.
+    the `budget + 1` largest magnitudes. No entry remains if the largest magnitude ties with `t`, e.g. in a constant
+    matrix. Ties occur if `delta` has few distinct values (e.g. in half precision) or repeated rows or columns.
 
     Args:
         delta: Matrix of any shape, floating point.
@@ -94,8 +94,8 @@ def quantile_threshold(delta: Tensor, sparsity: float) -> Tensor:
 
         t = quantile(|delta|, sparsity)
 
-    Without NaN, the result equals that of `torch.quantile`. Unlike `torch.quantile`, this function has no limit on the
-    number of entries and always computes the position of the quantile in double precision.
+    Unlike `torch.quantile`, this function has no limit on the number of entries, computes the position of the quantile
+    in double precision for every dtype, and ranks NaN above all numbers. Otherwise, the results are equal.
 
     Args:
         delta: Matrix of any shape, floating point.

@@ -1,7 +1,7 @@
 """Target modules, matrices of fused layers, and heads of a model.
 
 A target is a module to adapt. A fused layer, such as `qkv`, stacks several matrices in one weight, and each matrix has
-its own budget. A head is a classifier or other predictor, which is not adapted by default.
+its own budget of nonzero update entries. A head is a classifier or other predictor, which is not adapted by default.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ def default_targets(model: nn.Module) -> str | list[str]:
 def all_linear_names(model: nn.Module) -> list[str]:
     """Return the names of all linear layers to adapt.
 
-    Includes linear layers, transformers' `Conv1D`, and `nn.MultiheadAttention` and its output projection, adapted or
-    not. Excludes the head, patch embedding, patch merging, and modules inside adapters.
+    Includes linear layers, transformers' `Conv1D`, and `nn.MultiheadAttention` modules with their output projections,
+    whether or not they are already adapted. Excludes the head, patch embedding, patch merging, and modules inside
+    adapters.
     """
     names = []
     for name, module in _candidates(model):
@@ -83,7 +84,7 @@ def plain_convolution_names(model: nn.Module) -> list[str]:
 
     Includes ungrouped convolutions with the `forward` of `nn.Conv2d`. Excludes the model's first convolution (the
     stem), the head, patch embedding, downsampling between stages, modules inside adapters, and convolutions whose
-    `padding="same"` is asymmetric, because their kernel size is even and their dilation is odd.
+    `padding="same"` is asymmetric (an even kernel size with an odd dilation).
     """
     stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     names = []
@@ -99,9 +100,9 @@ def plain_convolution_names(model: nn.Module) -> list[str]:
 
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the modules that are not part of the head, patch embedding, patch merging, attention, or adapters.
+    """Return the modules outside the head, patch embedding, patch merging, `nn.MultiheadAttention`, and adapters.
 
-    Attention modules and adapted layers are included themselves, without the modules inside them.
+    `nn.MultiheadAttention` modules and adapted layers are included themselves, without the modules inside them.
     """
     heads = _head_modules(model)
     candidates: list[tuple[str, nn.Module]] = []
@@ -123,7 +124,7 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def describe_coverage(model: nn.Module, names: Iterable[str]) -> str | None:
     """Return a message about the weights that the targets exclude, or `None` if the targets cover at least half.
 
-    The model has no adapters yet. Its head, patch embedding, patch merging, and other embeddings do not count.
+    The model must not have adapters yet. Its head, patch embedding, patch merging, and other embeddings do not count.
     """
     adapted = set(names)
     num_adapted = 0
@@ -221,7 +222,7 @@ def count_rows(
         qkv_groups: See `SnellaConfig`.
 
     Raises:
-        ValueError: If the number of groups does not divide `out_features`, or the row counts do not sum to it.
+        ValueError: If the number of groups does not divide `out_features`, or the row counts have a different sum.
     """
     suffix = name.rpartition(".")[2]
     groups: int | list[int] = 1
@@ -234,13 +235,13 @@ def count_rows(
     if sum(counts) != out_features:
         raise ValueError(
             f"qkv_groups={qkv_groups!r} splits {name!r} into rows {counts}, but it has {out_features} rows; "
-            f"use a number that divides {out_features}, or map it to a list of rows with this sum"
+            f"use a number that divides {out_features}, or map the name to a list of row counts with this sum"
         )
     return tuple(counts)
 
 
 def _infer_groups(suffix: str, out_features: int, in_features: int, parent: nn.Module) -> int | list[int]:
-    """Infer the layout of a fused layer: the number of equal parts, or row counts if k and v have fewer rows.
+    """Infer the layout of a fused layer: the number of equal parts, or row counts if k and v are smaller than q.
 
     Returns 1 if the layer does not look fused.
     """
@@ -328,12 +329,12 @@ def matrix_shape(base: nn.Module) -> tuple[int, int]:
 
 
 def reject_quantized_projection(weight: Tensor, name: str) -> None:
-    """Raise `NotImplementedError` if a projection of a torch attention has a quantized weight."""
+    """Raise `NotImplementedError` if a projection of an `nn.MultiheadAttention` has a quantized weight."""
     if type(weight).__module__.startswith(("bitsandbytes.", "torchao.")) or not weight.is_floating_point():
         raise NotImplementedError(
             f"target_modules matches {name!r}, a projection of an nn.MultiheadAttention whose weight is a quantized "
             f"{type(weight).__name__} of {weight.dtype}; SNELLA supports quantized weights only in linear layers; "
-            "keep the attention unquantized"
+            "keep the attention module unquantized"
         )
 
 
@@ -373,7 +374,7 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
 
 
 def head_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Return the linear and convolutional layers of a model's heads, except output embeddings and adapted heads."""
+    """Return a model's linear and convolutional head layers by name, except output embeddings and PEFT layers."""
     heads = _head_modules(model)
     layers = {}
     adapter_prefixes: list[str] = []

@@ -48,7 +48,7 @@ class UpdateSpec:
 
     Args:
         kernel: Kernel function, with its pieces and softmax settings.
-        row_counts: Rows of each matrix, `G` integers that sum to `m`.
+        row_counts: Number of rows of each matrix, `G` integers that sum to `m`.
         mode: Sparsification mode of `ΔW`.
         scaling: Scaling factor of `S`.
         backend: One of `BACKENDS`; `snella.backends.choose_backend` selects one.
@@ -74,7 +74,7 @@ class UpdateSpec:
 
     @property
     def num_rows(self) -> int:
-        """`m`, the total number of rows."""
+        """`m`, the total number of rows of the weight."""
         return sum(self.row_counts)
 
     def to_ints(self) -> list[int]:
@@ -167,6 +167,8 @@ def init_factors(factors: Factors, rows: Sequence[slice], num_pieces: int, *, is
 
         A ~ U(±1/√(n·r/P)),  B ~ U(±1/√(rows·r/P)),  piece_coeff = 0.1, −0.1, …,  α = γ = 1,  β = 0
 
+    `γ` is the temperature of a softmax kernel.
+
     Args:
         factors: Factors of `G` matrices, `A` `[G, n, r]` and `B` `[m, r]`.
         rows: Row slice of `B` for each matrix.
@@ -203,8 +205,8 @@ def bound_initial_update(factors: Factors, rows: Sequence[slice], kernel: Kernel
         rows: Row slice of each matrix.
         kernel: Piecewise kernel function that merges the factors.
         weight: `W0`, `[m, …]`.
-        bound: `SnellaLayer.max_initial_ratio`. Factors and `α` shrink by a factor of at most 10, even if the update
-            then still exceeds the bound. They do not shrink if the matrix in `weight` is zero.
+        bound: `SnellaLayer.max_initial_ratio`. The factors and `α` shrink at most tenfold, even if the update then
+            still exceeds the bound, and do not shrink if the matrix in `weight` is zero.
     """
     A = factors.A
     B = factors.B

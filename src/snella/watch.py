@@ -68,7 +68,7 @@ class TrainingWatch:
         Args:
             model: Model with the adapter.
             adapter_name: Name of the adapter.
-            find_layers: Returns the layers of a model with this adapter.
+            find_layers: Returns the layers of a model that have this adapter.
             find_heads: Returns the head layers of a model by name.
         """
         self._batch_counts = _tracked_batches(model)
@@ -162,7 +162,7 @@ class TrainingWatch:
         if self.steps is None or budget <= target_budget:
             return
         step, total, steps_per_epoch = self.steps
-        # before the last epoch, 10% above the target is accepted, because the best adapter so far may be saved
+        # before the last epoch, up to 10% above the target is accepted, because the best adapter so far may be saved
         if step < total and (budget > 1.1 * target_budget or step > total - steps_per_epoch):
             self._warn_once(
                 "budget",
@@ -174,7 +174,7 @@ class TrainingWatch:
 
 
 def _tracked_batches(model: nn.Module) -> dict[str, int]:
-    """Return how many batches each batch-norm layer that is not saved has tracked, by name without PEFT's prefix."""
+    """Return, by name without PEFT's prefix, how many batches each batch-norm layer that is not saved has tracked."""
     counts = {
         name.removeprefix("base_model.model."): module.num_batches_tracked
         for name, module in model.named_modules()
@@ -202,7 +202,7 @@ def _warn_about_unused(layers: Sequence[SnellaLayer]) -> None:
     if unused_names := [layer.module_name for layer in layers if not layer.is_applied]:
         warnings.warn(
             f"{len(unused_names)} of {len(layers)} adapted modules were not used before the first optimizer step: "
-            f"{listed(map(repr, unused_names), 8)}; the model neither called them nor read their weight, so "
+            f"{listed(map(repr, unused_names), 8)}; the model neither called them nor read their weights, so "
             "they are not trained, but merging would change their weights; exclude them with exclude_modules",
             stacklevel=2,
         )
@@ -211,7 +211,7 @@ def _warn_about_unused(layers: Sequence[SnellaLayer]) -> None:
 def warn_about_unused_merges(layers: Sequence[SnellaLayer], configs: Sequence[SnellaConfig]) -> None:
     """Warn if a merge includes updates that the model has never used, although it has used others.
 
-    If the model has not run since the adapters were loaded, use the `unused_modules` saved in their configurations.
+    If no layer has been used since the adapters were loaded, the `unused_modules` in their configurations decide.
 
     Args:
         layers: Layers with the merged adapters.
@@ -226,7 +226,7 @@ def warn_about_unused_merges(layers: Sequence[SnellaLayer], configs: Sequence[Sn
     if 0 < len(unused_names) < len(layers):
         warnings.warn(
             f"the model has not used the updates of {len(unused_names)} of {len(layers)} merged modules {when}: "
-            f"{listed(map(repr, unused_names), 8)}; if it neither calls these modules nor reads their weight, merging "
+            f"{listed(map(repr, unused_names), 8)}; if it neither calls these modules nor reads their weights, merging "
             "does not change the outputs, unless other code reads the merged weight",
             stacklevel=4,
         )

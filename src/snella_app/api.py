@@ -22,8 +22,8 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
     Args:
         config: Configuration of the run, as an alternative to `settings`.
         console: Console for progress and results. None selects standard output.
-        **settings: Settings of `TrainConfig` by flat name, e.g. `lr`. `data` may also be a torch or Hugging Face
-            dataset, or a mapping from split names (train, val, test) to datasets.
+        **settings: Settings of `TrainConfig` by flat name (without the section), e.g. `lr`. `data` may also be a torch
+            or Hugging Face dataset, or a mapping from split names (train, val, test) to datasets.
 
     Returns:
         Run folder. With `folds` but no `fold`, this is the folder of the cross-validation run.

@@ -27,7 +27,7 @@ class _Unpadded:
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Write text without trailing spaces. They are padding, because rich passes whole lines."""
+        """Write text without trailing spaces. These are padding, because rich writes whole lines."""
         return self.stream.write("\n".join(line.rstrip(" ") for line in text.split("\n")))
 
     def flush(self) -> None:
@@ -118,7 +118,7 @@ def print_line(console: Console, text: str) -> None:
 
 
 def print_rows(console: Console, rows: Sequence[tuple[str, str]]) -> None:
-    """Print name-value pairs in two columns. A terminal wraps long values within their column."""
+    """Print name-value pairs in two columns. On a terminal, long values wrap within their column."""
     if not console.is_terminal:
         width = max(len(name) for name, _ in rows)
         for name, text in rows:

@@ -33,14 +33,14 @@ WRITE_FAILURES = {
 """Substrings of library errors that indicate a failed write, with their errno."""
 _MAX_NAME_BYTES = 200
 """Maximum length of a file name that is repeated in the names of its temporary files. Longer names are hashed, because
-the temporary names would exceed the limit of the file system."""
+the temporary names would otherwise exceed the limit of the file system."""
 
 
 @contextmanager
 def annotate_write_errors(path: Path) -> Iterator[None]:
     """Add the file name to write errors, e.g. on a full disk.
 
-    Errors of libraries whose message contains a substring in `WRITE_FAILURES` are raised again as OSError.
+    Library errors whose message contains a substring from `WRITE_FAILURES` are re-raised as OSError.
     """
     try:
         yield
@@ -117,7 +117,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         OSError: If the disk is full or not writable. In this case, the old file is unchanged.
     """
     name = _short_name(path)
-    # identifies the process, so that `_remove_leftovers` can check whether it still runs
+    # identifies the process, so that `_remove_leftovers` can check whether it is still running
     process = f"{_machine()}-{os.getpid()}"
     temporary = path.with_name(f".{name}.{process}-{secrets.token_hex(4)}.tmp")
     with annotate_write_errors(path):
@@ -160,7 +160,7 @@ def write_png(path: Path, image: Image, **options: Any) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, atomically; raises ValueError for NaN and infinity."""
+    """Write a value as JSON, atomically; raise ValueError for NaN and infinity."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 

@@ -69,7 +69,7 @@ _OTHER_VALUES = {
     "image-classification": "classification",
     "multi-class": "classification",
 }
-"""Names in snella, by the name that other tools use for a value."""
+"""Values in snella, by the name that other tools use for them."""
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,16 @@ class Setting:
 class Config:
     """Base class of frozen, self-validating configurations.
 
-    A field is a value or a section: a nested `Config`. Users write flat names: options, YAML keys and keyword arguments
-    of `from_flat` omit the section. The flat name of a field is its name unless `flat_names` overrides it.
+    A field is a value or a section: a nested `Config`. Users write flat names: options, YAML keys, and keyword
+    arguments of `from_flat` omit the section. The flat name of a field is its name unless `flat_names` overrides it.
 
     Attributes:
         flat_names: Flat names that differ from the field name, by field.
-        basic: Flat names of the settings that most users need, which come first in help and files.
+        basic: Flat names of the settings that most users need, which come first in help texts and settings files.
         positional: Flat names of positional arguments on the command line.
         minimums: Minimum value by field.
-        nonnegative: Fields that are finite and at least 0.
-        fractions: Fields in [0, 1).
+        nonnegative: Fields that must be finite and at least 0.
+        fractions: Fields that must be in [0, 1).
     """
 
     flat_names: ClassVar[Mapping[str, str]] = {}
@@ -145,7 +145,7 @@ class Config:
             **settings: Values by flat name; omitted settings get their defaults.
 
         Raises:
-            TypeError: If a name is unknown. The message suggests the closest name.
+            TypeError: If a name is unknown. The message suggests similar names, if there are any.
             ValueError: If values are invalid or required settings are missing. One message lists all errors.
         """
         spellings = {name: name for name in cls.settings()}
@@ -195,7 +195,7 @@ class Config:
         return errors
 
     def errors(self) -> list[str]:
-        """Return the errors of values outside the declared ranges; subclasses also check combinations of values.
+        """Return an error for each value outside its declared range; subclasses also check combinations of values.
 
         Sections check themselves.
         """
@@ -231,7 +231,7 @@ class Config:
 
 
 def errors_of(check: Callable[..., Any], *args: Any) -> list[str]:
-    """Call a function and return the message of its ValueError or TypeError. The list is empty if it succeeds."""
+    """Call a function; return a list with the message of its ValueError or TypeError, or an empty list on success."""
     try:
         check(*args)
     except (ValueError, TypeError) as error:
@@ -241,7 +241,7 @@ def errors_of(check: Callable[..., Any], *args: Any) -> list[str]:
 
 @cache
 def _settings(kind: type[Config]) -> dict[str, Setting]:
-    """Return the settings of a class, including its sections."""
+    """Return the settings of a class, including those of its sections."""
     settings: dict[str, Setting] = {}
     sections = _sections(kind)  # type: ignore[arg-type]
     hints = get_type_hints(kind)
@@ -297,7 +297,7 @@ def coerce(kind: Any, value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Convert paths, tuples and NumPy numbers, also inside lists and dictionaries, to values for YAML."""
+    """Convert paths, tuples, and NumPy numbers, also inside lists and dictionaries, to values for YAML."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, list | tuple):
@@ -315,7 +315,7 @@ def type_adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def suggest_choice(kind: Any, value: Any) -> str:
-    """Suggest the choice closest to an invalid value: `; did you mean bf16?`. Empty if none is similar."""
+    """Suggest the choice closest to an invalid value: `; did you mean bf16?`. The text is empty if none is similar."""
     kinds = [kind, *get_args(kind)]
     choices = [str(choice) for part in kinds if get_origin(part) is Literal for choice in get_args(part)]
     text = str(value).lower()
@@ -332,7 +332,7 @@ def suggest_setting(name: str, spellings: Mapping[str, str]) -> str:
 
     Args:
         name: Unknown name.
-        spellings: Known names, with their spelling in the suggestion.
+        spellings: Known names, mapped to their spelling in the suggestion.
 
     Returns:
         `use lr` for another tool's name, `nearest: lr, r` for a typo, and an empty string for any other name.

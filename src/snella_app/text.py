@@ -46,12 +46,12 @@ def signed_text(value: float, digits: int) -> str:
 
 
 def margin_text(fraction: float) -> str:
-    """Format the half-width of a 95% confidence interval: "95% margin: ±13.4 points". The text is empty for NaN."""
-    return "" if math.isnan(fraction) else f"95% margin: ±{decimal_text(100 * fraction, 1)} points"
+    """Format the half-width of a 95% confidence interval: "95% margin: ±13.4 percentage points". Empty for NaN."""
+    return "" if math.isnan(fraction) else f"95% margin: ±{decimal_text(100 * fraction, 1)} percentage points"
 
 
 def decimal_text(value: float, digits: int) -> str:
-    """Format a number with fixed decimals, a minus sign and no negative zero: 0.747, −0.240, 0.0."""
+    """Format a number with fixed decimals, a minus sign, and no negative zero: 0.747, −0.240, 0.0."""
     if math.isnan(value):
         return "–"
     text = f"{value:.{digits}f}"
@@ -127,7 +127,7 @@ def nearest(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0
 def similar_paths(
     path: Path, *, most: int = 3, cutoff: float = 0.5, folders_only: bool = False, suffixes: tuple[str, ...] = ("",)
 ) -> str:
-    """Suggest visible files and folders whose name is similar to that of a missing path: "; nearest: 'a.csv', 'b.csv'".
+    """Suggest visible files and folders with names similar to that of a missing path: "; nearest: 'a.csv', 'b.csv'".
 
     Suggestions end with one of `suffixes`. The text is empty if there are none or the path exists. If the parent folder
     is missing, the text says so.
@@ -146,7 +146,7 @@ def similar_paths(
 
 
 def split_text(split: str) -> str:
-    """Return the display name of a split: training, validation or test."""
+    """Return the display name of a split: training, validation, or test."""
     return {"train": "training", "val": "validation"}.get(split, split)
 
 

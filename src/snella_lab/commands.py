@@ -32,7 +32,7 @@ def plot(options: PlotOptions) -> None:
       snella plot images photos/my-dog images --out plots
 
     allocation plots the sparsity of each layer; evolution plots sparsity, importance and total budget during training.
-    update plots one matrix of the update and its singular values; overlap compares the updates of several tasks.
+    update plots the update of one matrix and its singular values; overlap compares the updates of several tasks.
     features plots a t-SNE of each model's features; radar plots the scores of methods by task group. memory plots
     memory use during training steps. samples, masks and images show data, predicted segmentation masks and generated
     images. gradcam shows class activation maps of the true class.

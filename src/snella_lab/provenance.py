@@ -1,4 +1,7 @@
-"""Provenance of a measurement: machine, package versions, and commit."""
+"""Provenance of a measurement: machine, package versions, and commit.
+
+The dirty flag is True if tracked files differ from the commit.
+"""
 
 import functools
 import os
@@ -17,14 +20,17 @@ import torch
 import snella_lab
 
 GitState: TypeAlias = tuple[str | None, bool | None]
-"""Commit, and True if tracked files are modified."""
+"""Commit and dirty flag, each None if unknown."""
 _state: GitState | None = None  # set by `git_state` or `set_git_state`
 _BENCHMARK_PACKAGES = ("torch", "peft", "timm", "numpy", "numba", "triton")
 _PACKAGES = ("snella", "peft", "transformers", "accelerate", "torch", "timm", "numpy", "scikit-learn", "numba")
 
 
 def package_info() -> dict[str, str | None]:
-    """Return package versions and snella's commit, with keys as in PEFT's method comparison, e.g. `torch-version`."""
+    """Return package versions, snella's commit, and its dirty flag.
+
+    The keys follow PEFT's method comparison, e.g. `torch-version`.
+    """
     versions: dict[str, str | None] = {f"{name}-version": _version(name) for name in _PACKAGES}
     commit, is_dirty = git_state()
     dirty_text = None if is_dirty is None else str(is_dirty)
@@ -34,7 +40,7 @@ def package_info() -> dict[str, str | None]:
 def system_info() -> dict[str, Any]:
     """Return the operating system, CPU, GPU, and numbers of cores and torch threads.
 
-    The keys are those of PEFT's method comparison, plus `cores` and `threads`.
+    The keys follow PEFT's method comparison; `cores` and `threads` are additional.
     """
     return {
         "system": platform.system(),
@@ -98,7 +104,7 @@ def processor_name() -> str:
 
 
 def git_state() -> GitState:
-    """Return the commit of snella's checkout, and whether tracked files are modified.
+    """Return the commit of snella's checkout and its dirty flag.
 
     A value is None if it is unknown, e.g. outside a checkout. The state is cached per process. Worker processes receive
     it from their parent.

@@ -45,7 +45,7 @@ class Merged:
         thresholds: `[G]`, infinite for a budget of 0.
         delta: `ΔW` of each matrix (`None` for a budget of 0), or of all matrices in one tensor. With `cache_delta`, it
             is saved for `merge` in the backward pass. If it is empty, the effective weight is saved instead.
-        columns: Column statistics of all matrices, saved for `merge` in the backward pass if `delta` is not saved.
+        columns: Softmax statistics of all columns, saved for `merge` in the backward pass if `delta` is not saved.
         workspace: Backend-specific data, valid until the factors change.
     """
 
@@ -68,7 +68,7 @@ class Backend(ABC):
 
     @abstractmethod
     def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:
-        """Prepare every matrix with a nonzero budget for the other methods, and compute unknown thresholds.
+        """Prepare every matrix with a nonzero budget for the other methods, and compute missing thresholds.
 
         Args:
             update: The update.
@@ -99,7 +99,7 @@ class Backend(ABC):
             spec: Settings of the update.
             merged: Merged matrices. Matrices with budget 0 need no product.
             grad_y: ∂L/∂y, `[tokens, m]`.
-            x: `[tokens, n]`, dtype of `grad_y`.
+            x: `[tokens, n]`, in the dtype of `grad_y`.
             product: Computes the dense product.
         """
         if all(merged.budgets):
@@ -209,15 +209,15 @@ def choose_backend(impl: str, spec: UpdateSpec, A: Tensor) -> tuple[str, str]:
     """Return the backend for updates with this spec, and the reason for the choice.
 
     `"auto"` selects `"triton"` for factors on a CUDA device and `"numba"` for factors elsewhere. If the selected
-    backend is not installed, does not support the update, or fails the check of the Triton kernels at their first use,
-    `"auto"` selects `"eager"`. Both backends support only the piecewise kernels (Numba only with `softmax_dim=0` if the
-    kernel has a softmax) and reject float64 factors. The choice depends only on `impl`, the machine, the spec, and the
-    factors' device, dtype, and size, so a layer's results are reproducible.
+    backend is not installed or does not support the update, or if the Triton kernels fail their first-use check,
+    `"auto"` selects `"eager"` instead. Triton and Numba support only the piecewise kernels (Numba only with
+    `softmax_dim=0` if the kernel has a softmax) and reject float64 factors. The choice depends only on `impl`, the
+    machine, the spec, and the factors' device, dtype, and size, so a layer's results are reproducible.
 
     Args:
         impl: One of `Implementation`.
         spec: Spec of the updates; its `backend` is ignored.
-        A: Input-side factors; only device, dtype and size matter.
+        A: Input-side factors; only device, dtype, and size matter.
 
     Raises:
         ImportError: If `impl` is `"triton"` or `"numba"`, and the package is missing or unusable.

@@ -27,7 +27,8 @@ from snella.compat.hooks import (
 from snella.config import SnellaConfig
 from snella.layer import SnellaLayer, needs_gradients, reject_tracing
 
-_SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj")  # instead of `in_proj`, if keys or values have a different width
+# used instead of `in_proj` if keys or values have a different width than queries
+_SEPARATE_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _OUTPUT = "out_proj"
 
 
@@ -35,13 +36,13 @@ class AdaptedAttention(nn.Module):
     """Wrapper for an `nn.MultiheadAttention` with adapted projections.
 
     The pre-trained parameters remain in the attention module. Each adapted projection is a child of the wrapper:
-    `out_proj`, and either `in_proj`, which stacks three matrices, or `q_proj`, `k_proj` and `v_proj`.
+    `out_proj`, and either `in_proj`, which stacks three matrices, or `q_proj`, `k_proj`, and `v_proj`.
 
     In training mode, if gradients are required, or in a compiled graph, the wrapper applies the projections separately,
-    with scaled dot-product attention in between, and saves no effective weight for the backward pass. Otherwise, it
-    calls the `forward` of the attention module with the effective weights. This keeps the fast path of
-    `nn.MultiheadAttention`, and the outputs are bit-identical to those of the merged model. If weights cannot be
-    replaced for a call (FSDP1, a replaced `forward`), the wrapper always applies the projections separately.
+    with scaled dot-product attention in between, so autograd need not save the effective weights for the backward pass.
+    Otherwise, the wrapper calls the `forward` of the attention module with the effective weights. This keeps the fast
+    path of `nn.MultiheadAttention`, and the outputs are bit-identical to those of the merged model. If weights cannot
+    be replaced for a call (FSDP1, a replaced `forward`), the wrapper always applies the projections separately.
 
     Other attributes (`num_heads`, `batch_first`, …) are looked up in the attention module. A weight such as
     `in_proj_weight` includes the updates, because some models read it directly.
@@ -83,7 +84,7 @@ class AdaptedAttention(nn.Module):
         """Add an adapter to one projection.
 
         Args:
-            name: `in_proj`, `q_proj`, `k_proj`, `v_proj` or `out_proj`.
+            name: `in_proj`, `q_proj`, `k_proj`, `v_proj`, or `out_proj`.
             adapter_name: Name of the adapter.
             config: Configuration of the adapter.
             row_counts: Number of rows of each matrix in the projection's weight.
@@ -96,8 +97,8 @@ class AdaptedAttention(nn.Module):
         if existing is not None:
             existing.update_layer(adapter_name, config, row_counts)
             return False
-        weight = cast(nn.Module, BaseProjection(self.base_layer, name))
-        projection = Projection(weight, adapter_name, config, row_counts, module_name=module_name)
+        base = cast(nn.Module, BaseProjection(self.base_layer, name))
+        projection = Projection(base, adapter_name, config, row_counts, module_name=module_name)
         setattr(self, name, projection.train(self.training))
         return True
 
@@ -133,8 +134,8 @@ class AdaptedAttention(nn.Module):
             return self._attend_inside_hooks(query, key, value, **options)
         # `functional_call` temporarily replaces the parameters, which other threads share
         with replacement_lock:
-            # `functional_call` replaces only parameters, but FSDP1 uses plain tensors during a pass, and hooks that
-            # replace `forward` may load other tensors
+            # `functional_call` cannot replace the plain tensors that FSDP1 uses during a pass, and hooks that replace
+            # `forward` may load different tensors
             is_replaceable = "forward" not in self.base_layer.__dict__ and all(
                 isinstance(projection.get_base_layer().weight, nn.Parameter) for projection in updated
             )
@@ -167,19 +168,19 @@ class AdaptedAttention(nn.Module):
         return output
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """Apply the input projections, the attention and the output projection as separate ops."""
+        """Apply the input projections, the attention, and the output projection as separate operations."""
         base = self.base_layer
         is_batched = query.dim() == 3
         is_self_attention = query is key and key is value
         is_key_value_shared = key is value
 
         def to_batch_first(x: Tensor) -> Tensor:
-            """Move the batch axis of `x` to the front, or add one."""
+            """Move the batch axis of `x` to the front, or add a batch axis if there is none."""
             if not is_batched:
                 return x[None]
             return x if base.batch_first else x.transpose(0, 1)
 
-        # inputs that are the same tensor must stay the same tensor, so that `_project` can detect it
+        # inputs that are the same tensor must stay the same tensor, so that `_project` can detect this
         query = to_batch_first(query)
         key = query if is_self_attention else to_batch_first(key)
         value = key if is_key_value_shared else to_batch_first(value)
@@ -232,7 +233,7 @@ class BaseProjection:
 
     Args:
         attention: Attention module that owns the weight and bias.
-        name: `in_proj`, `q_proj`, `k_proj`, `v_proj` or `out_proj`.
+        name: `in_proj`, `q_proj`, `k_proj`, `v_proj`, or `out_proj`.
     """
 
     def __init__(self, attention: nn.MultiheadAttention, name: str) -> None:
@@ -251,7 +252,7 @@ class BaseProjection:
 
     @property
     def bias(self) -> Tensor | None:
-        """Bias of the projection, `[m]`, or `None` if it has none."""
+        """Bias of the projection, `[m]`, or `None` if there is none."""
         if self.name == _OUTPUT:
             return self.attention.out_proj.bias
         bias = self.attention.in_proj_bias
@@ -287,7 +288,7 @@ class Projection(SnellaLayer):
         return f"{name.rpartition('.')[0]}.{self.parameter_name}"
 
     def inference_weight(self) -> Tensor:
-        """Return the cached effective weight for a pass without gradients, and record that it is used."""
+        """Return the cached effective weight for a pass without gradients, and set `is_applied`."""
         self.is_applied = True
         return self._cached_weight(self._names_in_use())
 
@@ -296,7 +297,7 @@ class Projection(SnellaLayer):
 
 
 def input_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
-    """Return the names of the query, key and value projections: one name if they are fused, otherwise three."""
+    """Return the names of the query, key, and value projections: one name if they are fused, three if not."""
     return ("in_proj",) if attention._qkv_same_embed_dim else _SEPARATE_PROJECTIONS
 
 
@@ -337,12 +338,12 @@ def _apply_attention(
     average_attn_weights: bool,
     is_causal: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute scaled dot-product attention of projected queries `[N, L, E]`, keys and values `[N, S, E]`.
+    """Compute scaled dot-product attention of projected queries `[N, L, E]`, keys `[N, S, E]`, and values `[N, S, E]`.
 
         w = softmax(q kᵀ / √d + mask),   output = dropout(w) v          for each head of width d
 
     The options are as in `nn.MultiheadAttention.forward`: `key_padding_mask` is `[N, S]`, and `attn_mask` is
-    `[L, S]` or `[N·heads, L, S]`. A masked key is marked by true or minus infinity.
+    `[L, S]` or `[N·heads, L, S]`. Entries of `True` or minus infinity mask a key.
 
     Raises:
         ValueError: If `is_causal` is set without `attn_mask`.
@@ -377,7 +378,7 @@ def _apply_attention(
 def _combine_masks(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, num_heads: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """Combine both masks into an additive mask `[N or 1, heads or 1, L or 1, S]`; return `None` for no masks."""
+    """Combine both masks into an additive mask `[N or 1, heads or 1, L or 1, S]`; return `None` if there are none."""
     masks = []
     if attn_mask is not None:
         mask = _additive(attn_mask, dtype)

@@ -1,10 +1,11 @@
 """Custom operators for the forward and backward pass of an adapted layer in a `torch.compile` graph.
 
-An adapter adds a sparse update to the layer's weight, and a budget limits the nonzero entries of each matrix of the
-update. A graph cannot detect changes to tensors between calls, so nothing is cached. The first update is folded into
-the base weight, and the results of the others are added to the output. The operators call the functions of
-`snella.autograd` with the backend of the update's spec, and the compiler traces only the shapes of their results.
-Budgets are passed as a tensor, so a reallocation does not trigger recompilation.
+An adapter adds a sparse update to the layer's weight, and a budget limits the number of nonzero entries in each matrix
+of the update. A graph cannot detect changes to tensors between calls, so nothing is cached. The first update is folded
+into the base weight, and the results of the others are added to the output. The operators call the functions of
+`snella.autograd` with the backend of the update's spec (its settings), and the compiler traces only the shapes of their
+results. Budgets are passed as a tensor, so changing them does not trigger recompilation. The shape letters are defined
+in `snella.kernels`.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def adapted_layer_in_graph(
     op: LayerOp,
     weight_shape: torch.Size,
 ) -> Tensor:
-    """Apply a layer with one update, like `adapted_layer` but within `torch.compile(fullgraph=True)`.
+    """Apply a layer with one update, like `adapted_layer`, but inside `torch.compile(fullgraph=True)`.
 
     Args:
         x: Input, in the dtype of the layer op.

@@ -83,13 +83,13 @@ def _innermost_forward(module: nn.Module) -> tuple[Any, str]:
 
 @contextmanager
 def onloaded(layer: nn.Module, *, with_base: bool) -> Iterator[None]:
-    """Temporarily load the tensors of a layer's children that accelerate has offloaded.
+    """Temporarily load those tensors of a layer's children that accelerate has offloaded.
 
     Unlike PEFT's `onload_layer`, this does not copy the base layer's tensors.
 
     Args:
         layer: The layer.
-        with_base: If True, also load the base layer. A call of the base layer loads it anyway.
+        with_base: If True, also load the base layer. Calling the base layer loads it anyway.
     """
     children: list[Any] = [child for name, child in layer._modules.items() if with_base or name != "base_layer"]
     with ExitStack() as stack:

@@ -38,13 +38,13 @@ class AdapterValues:
 
     Args:
         tensors: Tensors by their names in the adapter's file. They must not change after the first swap.
-        config: Configuration of the adapter. If `None`, the adapter is assumed to have the model's configuration.
+        config: Configuration of the adapter. If `None`, it is assumed to equal that of the adapter to replace.
     """
 
     tensors: dict[str, Tensor]
     config: SnellaConfig | None = None
     caches: dict[Any, MergeCache] = field(default_factory=dict, repr=False)
-    """Thresholds and column statistics of merges, by layer, backend, device and dtype; see `MergeCache`."""
+    """Thresholds and column statistics of merges, by layer, backend, device, and dtype; see `MergeCache`."""
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -55,7 +55,7 @@ class AdapterValues:
 
         Raises:
             FileNotFoundError: If the folder contains no adapter.
-            ValueError: If the adapter belongs to another method or is corrupt.
+            ValueError: If the adapter belongs to a different method or is corrupt.
         """
         run_adapter = Path(folder, "adapter")
         path = run_adapter if (run_adapter / CONFIG_NAME).is_file() else Path(folder)
@@ -85,15 +85,15 @@ def hotswap(
         compiled = torch.compile(model)
         hotswap(compiled, "runs/cells")           # reads a few megabytes, merges once, does not recompile
 
-    Writes all values in place, including heads in `modules_to_save`, tokens in `parameters_to_save`, and budgets.
+    Writes all values in place, including heads in `modules_to_save`, parameters in `parameters_to_save`, and budgets.
     Except for merged quantized weights, no parameter is replaced, so memory does not grow and compiled models do not
     recompile. For a merged adapter, the swap recomputes each weight from its pre-trained values, and `unmerge_adapter`
-    still restores them bit for bit. Outputs are bit-identical to the outputs of a model loaded with the new adapter.
-    If the new adapter's configuration is known, the swap also sets `scaling` and undoes `set_scale`. No forward pass
-    may run during the swap.
+    still restores them bit for bit. If the new adapter's configuration is known, the swap also sets `scaling` and
+    undoes `set_scale`, so the outputs are bit-identical to those of a model loaded with the new adapter. No forward
+    pass may run during the swap.
 
     Args:
-        model: A model with a SNELLA adapter, merged or not, compiled or not, or any model that contains one.
+        model: A model with a SNELLA adapter, merged or not, compiled or not, or any module that contains such a model.
         adapter: Folder of an adapter or a run, the tensors of an adapter file, or `AdapterValues`.
         adapter_name: Name of the adapter to replace.
 
@@ -102,10 +102,10 @@ def hotswap(
 
     Raises:
         FileNotFoundError: If the folder contains no adapter.
-        ValueError: If the new adapter belongs to another method, is corrupt, or has non-finite values or invalid
+        ValueError: If the new adapter belongs to a different method, is corrupt, or has non-finite values or invalid
             budgets; if the model does not have the adapter to replace or contains several PEFT models; if the adapters
-            differ in architecture, rank, kernel, sparsify mode, rows per matrix, or head; or if one of them trains
-            biases or token rows. The model then remains unchanged.
+            differ in architecture, rank, kernel, kernel settings, sparsify mode, rows per matrix, or head; or if one
+            of them trains biases or `trainable_token_indices`. The model then remains unchanged.
     """
     if isinstance(adapter, (str, Path)):
         adapter = AdapterValues.read(adapter)
@@ -189,7 +189,7 @@ def _differences(
     current_tensors: Mapping[str, Tensor],
     new_tensors: Mapping[str, Tensor],
 ) -> list[str]:
-    """Return a message for each difference in settings, names and shapes between the current and the new adapter."""
+    """Return a message for each difference in settings, names, and shapes between the current and the new adapter."""
     errors = [
         f"{name} is {getattr(new_config, name)!r}, but the model has {getattr(config, name)!r}"
         for name in _MUST_MATCH

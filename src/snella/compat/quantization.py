@@ -43,7 +43,7 @@ class Quantization(ABC):
 
     @abstractmethod
     def snapshot(self, base: nn.Module) -> Any:
-        """Return the state that `restore` needs, without a copy of the weight."""
+        """Return the state that `restore` needs, without copying the weight."""
 
     @abstractmethod
     def restore(self, base: nn.Module, snapshot: Any) -> None:
@@ -154,7 +154,7 @@ class Bitsandbytes4bit(Quantization):
 
 
 class Bitsandbytes8bit(Quantization):
-    """Format of bitsandbytes' `Linear8bitLt`: rows of int8 codes with one scale each.
+    """Format of bitsandbytes' `Linear8bitLt`: int8 codes with one scale per row.
 
     `Linear8bitLt` also quantizes its input, whereas an adapted layer multiplies the original input by the dequantized
     weight.
@@ -200,7 +200,7 @@ def _peft_layer(base: nn.Module) -> SimpleNamespace:
 
 
 def _state(base: Any) -> Any:
-    """Return the quantization state of a `Linear4bit`, an attribute of its weight or, with FSDP, of the layer."""
+    """Return the quantization state of a `Linear4bit`, which its weight or, with FSDP, the layer itself stores."""
     state = getattr(base.weight, "quant_state", None)
     return base.quant_state if state is None else state
 
@@ -262,7 +262,7 @@ class TorchaoWeight(Quantization):
 
 
 def _requantize(old: Any, weight: Tensor, keep_scales: bool = False) -> Any:
-    """Quantize `weight` like the torchao tensor `old`.
+    """Quantize `weight` in the format of the torchao tensor `old`.
 
     The blocks and the bit width are the same, and there is a zero point only if `old` has a nonzero one. If
     `keep_scales`, the scales and zero points of `old` are used as well.

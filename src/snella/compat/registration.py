@@ -1,13 +1,13 @@
 """Registration of the method with PEFT; the only module that modifies PEFT.
 
 PEFT's `register_peft_method` rejects names that are not in PEFT's enum, so `register` adds the string `"SNELLA"` to the
-mapping tables as a key. A test fails once PEFT adds an enum member of this name.
+mapping tables as a key. A test fails once PEFT adds an enum member with this name.
 
 `register` also wraps two PEFT functions that have no extension point. Parameters outside SNELLA are handled as before.
 
 - `_peft_key_to_original_key` maps a parameter to its original name, for `get_base_model_state_dict` and
-  `set_base_model_state_dict`. The wrapper removes the infix `base_layer` of an `AdaptedAttention`, which PEFT does not
-  recognize as a tuner layer.
+  `set_base_model_state_dict`. The wrapper removes the infix `base_layer` of an `AdaptedAttention` (an attention module
+  with adapted projections), which PEFT does not recognize as a tuner layer.
 - `PeftModel._update_offload` updates accelerate's offload index. The wrapper then renames SNELLA's keys in the index to
   the parameter names, which end with the adapter name.
 """
@@ -32,7 +32,7 @@ _MARK = "_is_snella_wrapper"  # attribute of the wrappers, so that they are not 
 
 
 def register() -> None:
-    """Add the method to PEFT's tables and wrap PEFT's functions. Another call changes nothing."""
+    """Add the method to PEFT's tables and wrap PEFT's functions. Further calls change nothing."""
     tables: tuple[tuple[dict[Any, Any], Any], ...] = (
         (PEFT_TYPE_TO_CONFIG_MAPPING, SnellaConfig),
         (PEFT_TYPE_TO_TUNER_MAPPING, SnellaModel),

@@ -74,15 +74,15 @@ class SparsePatch:
         """Serialize the patch in safetensors format.
 
         The positions in a parameter `NAME` are stored in the smallest of three encodings: `NAME:int32`, `NAME:gaps`
-        (the number of unchanged weights before each changed one, LEB128), or `NAME:bitmap` (one bit per weight). The
-        changes are stored as `NAME:values`, and replaced tensors as `NAME`. The metadata entry `sha256` is the digest
-        of all other content.
+        (the numbers of unchanged weights between successive changed weights, as LEB128), or `NAME:bitmap` (one bit per
+        weight). The changes are stored as `NAME:values`, and replaced tensors as `NAME`. The metadata entry `sha256` is
+        the digest of all other content.
 
         Args:
-            values: Type of the stored changes. With bf16, they are rounded. Replaced tensors keep their dtype.
+            values: Dtype of the stored changes. With bf16, they are rounded. Replaced tensors keep their dtype.
 
         Raises:
-            ValueError: If the type is unknown, or positions are not ascending and unique.
+            ValueError: If the dtype is unknown, or positions are not ascending and unique.
         """
         if values not in _DTYPES:
             raise ValueError(f"values must be one of {list(get_args(ValueDtype))}, got {values!r}")
@@ -101,7 +101,7 @@ class SparsePatch:
 
         Raises:
             FileNotFoundError: If the file does not exist.
-            ValueError: If the file is corrupt or has another format.
+            ValueError: If the file is corrupt or has a different format.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no file {path}")
@@ -184,7 +184,7 @@ class SparsePatch:
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Restore the changed entries and replaced tensors bit for bit; other entries keep their values.
+        """Restore the changed entries and replaced tensors bit for bit; other entries keep their current values.
 
         Raises:
             RuntimeError: If the patch is not applied.
@@ -240,7 +240,7 @@ def load_sparse(model: nn.Module, file: str | Path, *, check_base: bool = True) 
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file is corrupt or has another format, or the model does not match.
+        ValueError: If the file is corrupt or has a different format, or the model does not match.
     """
     patch = SparsePatch.read(file)
     patch.apply(model, check_base=check_base)
@@ -322,9 +322,10 @@ def _are_ascending(positions: Tensor, size: int) -> bool:
 
 
 def _encode_gaps(positions: np.ndarray) -> np.ndarray:
-    """Encode the number of unchanged weights before each changed one as LEB128, 7 bits per byte, lowest first.
+    """Encode the gaps between successive positions as LEB128, with 7 bits per byte and the lowest bits first.
 
-    At most five bytes are used, enough for a gap below 2³⁵.
+    A gap is the number of unchanged weights between a changed weight and the previous one, or the start. At most five
+    bytes per gap are written, enough for gaps below 2³⁵.
     """
     gaps = np.diff(positions, prepend=-1) - 1
     lengths = np.ones(len(gaps), np.int64)

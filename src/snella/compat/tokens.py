@@ -1,7 +1,7 @@
 """Trainable bare parameters, such as `cls_token`, with one value per adapter.
 
-A bare parameter is read directly by its owner, a module outside adapters. A `TokenAdapter` holds the parameter's
-values, and the owner reads the active one.
+A bare parameter belongs to a module outside adapters, its owner, which reads it directly. A `TokenAdapter` holds the
+parameter's values, and the owner reads the active one.
 """
 
 from __future__ import annotations
@@ -155,6 +155,7 @@ class TokenAdapter(nn.Module, BaseTunerLayer):
             return
         value = self.snella_token[names[0]].detach()
         if safe_merge and not torch.isfinite(value).all():
+            # PEFT's wording
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
         self._unmerged_weight = self.base_layer.weight.detach().clone()
         self.base_layer.weight.data.copy_(value)
@@ -236,7 +237,7 @@ def attach_tokens(
 
 
 def _bare_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield the owner's prefix, the owner and the name of every parameter outside adapters or in a `TokenAdapter`."""
+    """Yield the owner's prefix, the owner, and the name of every parameter outside adapters or in a `TokenAdapter`."""
     adapter_prefixes: list[str] = []
     for module_name, module in model.named_modules():
         if any(module_name.startswith(adapter_prefix) for adapter_prefix in adapter_prefixes):

@@ -22,7 +22,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import pad
 
 GROUP = 64
-"""Entries per scale. An outlier degrades the precision of the 63 other entries in its group, not of the whole token."""
+"""Maximum number of entries that share a scale. An outlier degrades only the precision of the others in its group."""
 ORIGIN_ATTRIBUTE = "_snella_origin"
 """Attribute of a tensor that contains its `Mark`."""
 _LEVELS = 127  # largest int8 code
@@ -131,7 +131,7 @@ class Origin:
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's own tensors by name, including attributes that replace parameters (tokens, FSDP1)."""
+    """Return a module's own tensors by name, including attributes that replace parameters (`TokenAdapter`, FSDP1)."""
     parameters = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
     values = {**module.__dict__, **parameters, **module._buffers}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
@@ -191,7 +191,7 @@ def origin_of(x: Tensor) -> tuple[tuple[Tensor, ...], Origin | None]:
 
 
 def reject_double_backward(hint: str) -> None:
-    """Raise `RuntimeError` with a hint in a backward pass with `create_graph=True`.
+    """Raise `RuntimeError` if the backward pass runs with `create_graph=True`. The message ends with `hint`.
 
     torch's `once_differentiable` raises an error only for gradients through the function and silently drops others.
     """
@@ -226,7 +226,7 @@ def save_rounded(
 
 
 class _RoundedInputs(torch.autograd.Function):
-    """Function whose output is already computed, and whose backward pass reruns it on decoded inputs."""
+    """Function that returns a precomputed output, and whose backward pass recomputes it from decoded inputs."""
 
     @staticmethod
     def forward(ctx: Any, origin: Origin, saved: tuple[Tensor, ...], output: list[Tensor], *inputs: Tensor) -> Tensor:
@@ -313,7 +313,7 @@ class Layout:
 def encode(z: Tensor, *, by_row: bool = False) -> tuple[Tensor, Layout]:
     """Quantize a tensor to int8 in groups of entries that are adjacent in memory.
 
-        q_i = round(z_i / s),   s = max |z| / 127 over its group of 64;   |s·q_i − z_i| ≤ s/2 for s ≥ 2⁻¹²⁶
+        q_i = round(z_i / s),   s = max |z| / 127 over the group of z_i;   |s·q_i − z_i| ≤ s/2 for s ≥ 2⁻¹²⁶
 
     Args:
         z: Floating-point tensor of any shape.

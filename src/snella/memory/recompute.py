@@ -68,7 +68,7 @@ _TRACKED_DIFFUSERS = ("TransformerBlock", "GELU", "GEGLU", "SwiGLU", "AdaLayerNo
 def can_recompute(module: nn.Module) -> bool:
     """Return whether a module's output can be recomputed instead of saved.
 
-    Instances of known classes match, but not of their subclasses: torch's GELU, SiLU, Mish, Hardswish, layer, RMS, and
+    The following classes are supported, but not their subclasses: torch's GELU, SiLU, Mish, Hardswish, layer, RMS, and
     group normalization, and batch normalization in evaluation mode (checked at run time); timm's GELUs and layer, RMS,
     group, and simple normalizations; transformers' RMS normalizations and most of its GELU, SiLU, and Mish activations.
     """
@@ -250,11 +250,14 @@ def _stop_tracking(module: nn.Module, args: tuple[Any, ...], output: Any) -> Non
 
 
 def _active_mode() -> _TrackingMode | None:
-    """Return the mode of the block that is running and recorded, or `None`. Forget the mode of a block that ended."""
+    """Return the thread's active mode if its block is still running with the same saved-tensor hooks, or `None`.
+
+    Forgets the mode of a block that has ended.
+    """
     mode: _TrackingMode | None = getattr(_active, "mode", None)
     if mode is not None and not mode.is_running():
         mode = _active.mode = None
-    return mode if mode is not None and mode.is_recorded() else None
+    return mode if mode is not None and mode.has_original_hooks() else None
 
 
 class _TrackingMode(TorchFunctionMode):
@@ -295,7 +298,7 @@ class _TrackingMode(TorchFunctionMode):
             return True
         return False
 
-    def is_recorded(self) -> bool:
+    def has_original_hooks(self) -> bool:
         """Return whether the saved-tensor hooks are the same as at the start of the block.
 
         Activation checkpointing inside the block sets its own hooks and recomputes its region without this mode.
@@ -371,7 +374,7 @@ def _derive(x: Tensor, mark: Mark, function: Callable[[Tensor], Tensor]) -> Tens
 def _combine(
     function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], compress: bool
 ) -> Tensor | None:
-    """Return the marked product or sum of a marked tensor and a number or second tensor.
+    """Return the marked product or sum of a marked tensor and a number or a second tensor.
 
     Autograd saves the other factor of a product anyway. It saves nothing for a sum, so marking a sum saves memory only
     if the other summand is small.

@@ -27,7 +27,7 @@ class InferredArchitecture:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-# names in Facebook's and timm's checkpoints
+# tensor names in Facebook's and timm's checkpoints
 _STEM = ("downsample_layers.0.0.weight", "stem.0.weight")
 _DOWNSAMPLE = ("downsample_layers.{}.1.weight", "stages.{}.downsample.1.weight")
 _BLOCK = re.compile(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.(?:dwconv|conv_dw)\.weight$")
@@ -94,7 +94,7 @@ _SWIN_SIZES: dict[tuple[int, tuple[int, ...]], str] = {
 
 
 def infer_swin(state: dict[str, Tensor]) -> InferredArchitecture:
-    """Infer the width, depths, heads, window size, and input size of a Swin from its shapes.
+    """Infer the width, depths, heads, window size, and input size of a Swin from the shapes of its tensors.
 
     The first position table has `(2w − 1)²` rows for window size `w`. The input size follows from the attention masks
     of shifted windows, `[n, w², w²]` for `n` windows, if the file has them (Microsoft's files do). Otherwise, it
@@ -140,16 +140,16 @@ _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 
 
 def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = None) -> InferredArchitecture:
-    """Infer the timm name of a ViT from width, depth, patch size, layer scale, and register tokens.
+    """Infer the timm model of a ViT from its width, depth, patch size, layer scale, register tokens, and positions.
 
     Args:
-        state: State dict in timm's or DINOv2's naming.
+        state: State dict with the key names of timm or DINOv2.
         source: File as the user typed it, for messages.
         num_heads: Number of attention heads, if known from the file or its publisher.
 
     Raises:
-        ValueError: If the weights are not those of a ViT or belong to a CLIP image tower, or timm has no name for the
-            ViT.
+        ValueError: If the patch or position embedding is missing, the weights belong to a CLIP image tower, or timm has
+            no name for the ViT.
     """
     patch = state.get(_PATCH)
     positions = state.get("pos_embed")
@@ -192,7 +192,7 @@ def infer_vit(state: dict[str, Tensor], *, source: str, num_heads: int | None = 
 
 
 def _grid_side(positions: int, registers: int) -> int | None:
-    """Return the side of the patch grid without class and register tokens, or None if it is not square."""
+    """Return the side of the patch grid (without class and register tokens), or None if the grid is not square."""
     # `pos_embed` covers the patches and the class token, only the patches, or all tokens including registers
     for num_tokens in (1, 0, 1 + registers):
         side = math.isqrt(max(positions - num_tokens, 0))
@@ -202,7 +202,7 @@ def _grid_side(positions: int, registers: int) -> int | None:
 
 
 def infer_architecture(checkpoint: Checkpoint, *, source: str) -> InferredArchitecture:
-    """Infer the timm model of a ViT, Swin, or ConvNeXt from parameter names (timm's or the authors') and shapes.
+    """Infer the timm model of a ViT, Swin, or ConvNeXt from tensor shapes and names (timm's or the authors').
 
     Args:
         checkpoint: Result of `read_checkpoint`.

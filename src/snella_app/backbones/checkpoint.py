@@ -34,13 +34,14 @@ _REPRESENTATION = ("pre_logits/kernel", "pre_logits/bias")
 def read_google_npz(path: Path) -> tuple[dict[str, Tensor], int]:
     """Read a ViT in the layout of google-research/vision_transformer.
 
-    timm's `VisionTransformer.load_pretrained` fills a model with the file's dimensions, and its state dict is returned.
+    timm's `VisionTransformer.load_pretrained` loads the arrays into a model of matching dimensions, whose state dict is
+    returned.
 
     Args:
         path: `.npz` file.
 
     Returns:
-        State dict in timm's naming and the number of attention heads.
+        State dict with timm's key names, and the number of attention heads.
 
     Raises:
         ValueError: If the file is damaged, or an array is missing, is unexpected, or has an inconsistent shape.
@@ -49,7 +50,7 @@ def read_google_npz(path: Path) -> tuple[dict[str, Tensor], int]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             shapes = {key: arrays[key].shape for key in arrays.files}
-    except Exception as error:  # damaged files raise errors of zipfile, zlib, and the parser
+    except Exception as error:  # damaged files raise errors from zipfile, zlib, and the parser
         raise ValueError(f"weights '{path}' are not a readable .npz file: {first_line(error)}") from error
     if "opt/target/embedding/kernel" in shapes:
         prefix = "opt/target/"
@@ -101,7 +102,7 @@ def _google_sizes(shapes: _Shapes, path: Path) -> dict[str, Any]:
 def _check_google_shapes(shapes: _Shapes, sizes: dict[str, Any], path: Path) -> None:
     """Raise ValueError unless all arrays are present and consistent.
 
-    timm would broadcast an array of the wrong shape silently.
+    timm would silently broadcast an array of the wrong shape.
     """
     width = sizes["embed_dim"]
     heads = sizes["num_heads"]
@@ -157,7 +158,7 @@ class Origin:
         label: Name for messages.
         mean: RGB mean of the training normalization.
         std: RGB standard deviation of the training normalization.
-        num_heads: Number of attention heads by width, only for widths with an unusual number of heads.
+        num_heads: Number of attention heads by width; only widths with an unusual number have an entry.
     """
 
     label: str
@@ -276,7 +277,7 @@ class Checkpoint:
 
     Attributes:
         state: Tensors by name.
-        source: The file.
+        source: Path of the file.
         num_heads: Number of attention heads, or None if the file and its publisher do not determine it.
         origin: Publisher, or None if it is unknown.
     """
@@ -291,7 +292,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a weight file without executing code in it.
 
     Dictionaries nested under `state_dict`, `model`, or `model_state_dict` are unwrapped, and wrapper prefixes
-    (`module.`, `_orig_mod.`, `model.`) are removed. Google's `.npz` is converted to timm's naming. Pre-training
+    (`module.`, `_orig_mod.`, `model.`) are removed. Google's `.npz` is converted to timm's key names. Pre-training
     checkpoints (MAE, MoCo v3) are reduced to the encoder.
 
     Args:
@@ -299,7 +300,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file type is unknown, or the file is damaged or contains no tensors.
+        ValueError: If the file type is unknown, or the file is damaged, has no tensors, or is an inconsistent `.npz`.
         NotImplementedError: See `read_google_npz`.
     """
     if not path.is_file():
@@ -344,8 +345,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, name: str) -> None
         name: Name of the backbone, for messages.
 
     Raises:
-        ValueError: If tensors are missing, are unexpected, or have a different shape, or the number of attention heads
-            differs.
+        ValueError: If tensors are missing, unexpected, or of a different shape; if the number of attention heads
+            differs; or if timm cannot convert the tensors.
     """
     reference = model.state_dict()
     cfg: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
@@ -453,16 +454,16 @@ def _resized_tensors(checkpoint: Checkpoint, reference: dict[str, Tensor]) -> li
 
 
 def _filtered(model: nn.Module, checkpoint: Checkpoint, misfit: str) -> dict[str, Tensor]:
-    """Return the tensors, converted by the checkpoint filter of the timm model's family if it has one.
+    """Return the tensors, converted by the checkpoint filter of the timm model's family if there is one.
 
-    If the filter fails, the message of the ValueError starts with `misfit`.
+    Raises ValueError if the filter fails, with a message that starts with `misfit`.
     """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return dict(checkpoint.state)
     try:
         with warnings.catch_warnings():
-            # torch warnings during timm's resampling of Swin's tables
+            # torch warns while timm resamples Swin's tables
             warnings.filterwarnings("ignore", message="torch.searchsorted|Using a non-tuple sequence")
             return convert(dict(checkpoint.state), model)
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError) as error:

@@ -43,7 +43,7 @@ class NamedBackbone:
     Attributes:
         architecture: Name of the timm model.
         load: Loads the weights into a model of that architecture with any image size and head. Raises an `ImportError`
-            with the install command if the package is missing.
+            with the install command if a required package is missing.
     """
 
     architecture: str
@@ -101,14 +101,14 @@ _NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
 
 
 def create_from_hub(name: str, *, pretrained: bool, img_size: int | None = None, **options: Any) -> nn.Module:
-    """Create the timm model `name` with weights from the Hub or its local cache.
+    """Create the timm model `name` with files from the Hugging Face Hub or its local cache.
 
     If the Hub does not answer one short request, only the cache is used, because the Hub client would retry each file
     for 30 seconds.
 
     Args:
         name: timm name or `hf-hub:owner/repo`.
-        pretrained: Load weights. A `hf-hub:` name always reads its configuration from the Hub.
+        pretrained: Load weights. The configuration of an `hf-hub:` name is always read from the Hub or the cache.
         img_size: Input resolution; ignored by models that accept any size.
         **options: Additional arguments of `timm.create_model`.
 
@@ -145,7 +145,7 @@ def create_from_hub(name: str, *, pretrained: bool, img_size: int | None = None,
 def cache_only_if_unreachable() -> Iterator[str | None]:
     """Switch the Hub client to offline mode inside the context if one short request fails.
 
-    Yields the reason, or None if the Hub answers. A client that was offline before stays offline.
+    Yields the reason for offline mode, or None if the Hub answers. A client that was offline before stays offline.
     """
     was_offline = constants.HF_HUB_OFFLINE
     reason = "HF_HUB_OFFLINE is set" if was_offline else None
@@ -211,7 +211,7 @@ def create_backbone(
         num_classes: Number of outputs; 0 removes the head.
         weights: Weight file (`.pth`, `.pth.tar`, `.pt`, `.bin`, `.safetensors`, Google's `.npz`) for the architecture
             `name`, loaded regardless of `pretrained` and without the Hub. For known publishers (Google, MAE,
-            MoCo v3, Microsoft's Swin, Facebook's ConvNeXt), images use the publisher's normalization.
+            MoCo v3, Microsoft's Swin, Facebook's ConvNeXt), images are normalized as in pre-training.
         pretrained: False uses random weights, which need no package and need the Hub only for `hf-hub:` names.
         img_size: Input resolution in pixels; None uses the resolution of the weights or, if `weights` is given, the
             default resolution of `name`.
@@ -272,7 +272,7 @@ def create_backbone(
 
 
 def build_sized(build: Callable[[], nn.Module], name: str, img_size: int | None) -> nn.Module:
-    """Build a model; if it may not support `img_size`, test it on a blank image.
+    """Build a model, and test it on a blank image if it might not support `img_size`.
 
     Raises:
         ValueError: If the model does not support `img_size`; timm reports this with various exceptions.
@@ -323,7 +323,7 @@ def _from_path(path: Path, name: str, options: dict[str, Any], pretrained: bool,
 
 
 def model_arguments(model: nn.Module) -> dict[str, Any]:
-    """Return the arguments of `timm.create_model`, except the name, the number of classes, and the image size."""
+    """Return the `timm.create_model` arguments stored in a model, except the number of classes and the image size."""
     config = getattr(model, "pretrained_cfg", None) or {}
     arguments = {**(getattr(model, "pretrained_model_args", None) or {}), **(config.get("model_args") or {})}
     return {name: value for name, value in arguments.items() if name not in ("num_classes", "img_size")}
@@ -377,7 +377,7 @@ def _set_input_size(model: nn.Module, name: str, img_size: int | None) -> nn.Mod
 
 
 def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
-    """Adapt the first convolution to `channels` in place, and set the mean, standard deviation, and input size."""
+    """Adapt the first convolution, mean, standard deviation, and input size of a model to `channels` in place."""
     own_channels = model_arguments(model).get("in_chans", 3)
     if channels == own_channels:
         return model
@@ -459,7 +459,7 @@ _LETTERS = {"base": "b", "small": "s", "large": "l", "tiny": "t", "patch": ""}
 
 
 def _similar_backbones(name: str) -> list[str]:
-    """Return up to five well-known pre-trained models whose names contain `name`, prefix matches first."""
+    """Return up to five well-known or packaged models whose names contain `name`, prefix matches first."""
     query = re.sub(r"[^a-z0-9]", "", name.lower())
     ranked = []
     for known in (*_WELL_KNOWN, *packaged_names()):

@@ -1,4 +1,4 @@
-"""Segmentation models: a timm backbone with a light decoder."""
+"""Segmentation models: a timm backbone with a light decoder, or SAM (the Segment Anything Model)."""
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ class SegmentationModel(nn.Module):
         num_classes: Number of classes, including background.
 
     Raises:
-        NotImplementedError: If the encoder does not support `forward_intermediates`.
+        NotImplementedError: If the encoder lacks `forward_intermediates` or `feature_info`.
     """
 
     def __init__(self, encoder: nn.Module, num_classes: int) -> None:
@@ -95,8 +95,8 @@ def create_segmenter(
     """Build a backbone with a decoder.
 
     `name` is either a name for `create_backbone`, whose model gets a `LightDecoder`, or `sam:PATH` for a pre-trained
-    SAM (Segment Anything Model) with its own decoder. For a SAM, `weights` is not allowed, and `pretrained` is ignored.
-    All other arguments and errors are those of `create_backbone` and `create_sam_segmenter`.
+    SAM with its own decoder. For a SAM, `weights` is not allowed, and `pretrained` is ignored. All other arguments and
+    errors are those of `create_backbone` and `create_sam_segmenter`.
     """
     if name.startswith(SAM_PREFIX):
         from snella_app.backbones.sam import create_sam_segmenter  # lazy: importing transformers' SAM is slow
@@ -109,7 +109,7 @@ def create_segmenter(
 
 
 def _resized(x: Tensor, size: torch.Size) -> Tensor:
-    """Return a map of the given size, resized if necessary."""
+    """Resize a map bilinearly, or return it unchanged if it already has this size."""
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 

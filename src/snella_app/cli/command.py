@@ -33,7 +33,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 def command(library: str, *, is_recorded: bool = False, is_research: bool = False) -> Callable[[_Function], _Function]:
-    """Register a function as a command under its name with dashes; raise ValueError if the name is taken."""
+    """Register the decorated function under its name with dashes; raise ValueError if the name is taken."""
 
     def register(function: _Function) -> _Function:
         name = function.__name__.replace("_", "-")

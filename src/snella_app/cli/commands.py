@@ -71,7 +71,7 @@ def evaluate(
         data: Data to evaluate on instead of the run's, e.g. more-photos. All of its classes must be classes of the
             run.
         split: Split to evaluate: train, val, test or all. auto selects the run's test split (validation if there is
-            none), or all images of data other than the run's.
+            none); for data other than the run's, all images.
         batch_size: Batch size.
         columns: Columns of a table, e.g. path=file,label=species; defaults to the run's columns.
         skip_corrupt: Skip unreadable images.

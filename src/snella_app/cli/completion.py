@@ -20,12 +20,12 @@ _PATHS = {
 def completion_script(shell: str) -> str:
     """Generate the completion script for the `snella` command.
 
-    The script completes commands, options, paths and fixed choices; `--backbone` completes only registered names. It is
-    static: regenerate it after installing commands or backbones.
+    The script completes commands, options, paths and fixed choices; `--backbone` completes only registered names. The
+    script is static: regenerate it after installing commands or backbones.
     """
     parser = argparse.ArgumentParser(prog="snella")
     parser.add_argument("--version", action="store_true", help="Show the version.")
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of errors.")
+    parser.add_argument("--debug", action="store_true", help="Show tracebacks of errors.")
     parser.add_argument("--completion", choices=SHELLS, help="Print a completion script for a shell.")
     subparsers = parser.add_subparsers()
     backbones = sorted(entry_points(group="snella.backbones").names)
@@ -39,7 +39,7 @@ def completion_script(shell: str) -> str:
         for option in options_of(command.function):
             values = backbones if option.name == "backbone" else option.values
             if option.values == ["true", "false"] and option.default is not True:
-                # a flag, because zsh requires a value if there are choices
+                # a flag without choices, because zsh requires a value for an option with choices
                 subparser.add_argument(option.typed, action="store_true", help=option.help.replace("%", "%%"))
                 continue
             nargs = "*" if option.is_positional and option.is_list else None

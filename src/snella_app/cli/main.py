@@ -43,11 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError) as error:
         return _report(error, args)
     except Exception as error:
-        status = getattr(error, "exit_status", None)  # set by outcomes such as interrupted training
+        status = getattr(error, "exit_status", None)  # set by exceptions such as interrupted training
         if type(error).__name__ == "OutOfMemoryError":  # torch.OutOfMemoryError, without importing torch
             advice = "use a smaller batch size; snella train also has --accumulate, --grad-checkpointing and --img-size"
-            summary = MemoryError(f"{str(error).partition('. ')[0]}; {advice}")
-            return _report(summary.with_traceback(error.__traceback__), args)
+            short_error = MemoryError(f"{str(error).partition('. ')[0]}; {advice}")
+            return _report(short_error.with_traceback(error.__traceback__), args)
         if status is None:
             raise
         return _report(error, args, status)
@@ -94,9 +94,9 @@ def _report(error: Exception, args: Sequence[str], status: int = _USER_ERROR) ->
 
 
 def exit_on_interrupt() -> None:
-    """Make Ctrl-C exit immediately with one line and status 130; no-op in other programs and threads.
+    """Make Ctrl-C exit immediately with one line and status 130; no-op outside this program's main thread.
 
-    Raising an exception does not work here: libraries swallow it during import or print a traceback.
+    Raising an exception does not work during imports: libraries swallow it or print a traceback.
     """
     is_this_program = bool(sys.argv) and Path(sys.argv[0]).stem == _PROGRAM
     if is_this_program and threading.current_thread() is threading.main_thread():

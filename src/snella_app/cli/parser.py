@@ -357,7 +357,7 @@ def _check_options(command: str, options: Sequence[Option], args: Sequence[str])
 def _expand_flags(options: Sequence[Option], args: Sequence[str]) -> list[str]:
     """Expand boolean flags without a value, e.g. `--resume` to `--resume=true`."""
     flags = {option.typed for option in options if option.type is bool}
-    # `bool | None` consumes the next argument, so that an invalid value is an error
+    # an option of type `bool | None` takes the next argument as its value, so that an invalid value is an error
     optional_flags = {option.typed for option in options if _without_none(option.type) is bool} - flags
     followers = [*args[1:], ""]
     expanded: list[str] = []
@@ -369,7 +369,7 @@ def _expand_flags(options: Sequence[Option], args: Sequence[str]) -> list[str]:
 
 
 def _expand_preset(command: str, options: Sequence[Option], args: Sequence[str]) -> Sequence[str]:
-    """Check the configuration files, and insert the settings of the last preset as the first `--config`."""
+    """Check the configuration files, and insert the settings of the last given preset as the first `--config`."""
     preset: str | None = None
     for arg, follower in zip(args, [*args[1:], None], strict=True):
         option, sign, text = arg.partition("=")
@@ -392,7 +392,7 @@ def _read_config(path: str, options: Sequence[Option]) -> dict[str, Any]:
         raise UsageError(f"--config must be an existing YAML file, got {path!r}{similar_paths(file, most=2)}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        json.dumps(content, default=str)  # rejects recursive settings and names such as dates
+        json.dumps(content, default=str)  # rejects recursive settings, and names that are not strings, such as dates
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -428,8 +428,8 @@ def as_flags(message: str, command: str | None = None) -> str:
 
     Args:
         message: One line with settings such as `name=value` or `name must be ...`.
-        command: Command that raised the error; at the start of a clause, only its options are replaced. None for the
-            options of all commands.
+        command: Command that raised the error; at the start of a clause, only the options of this command are replaced.
+            None replaces those of all commands.
     """
     options = [option for command in COMMANDS.values() for option in options_of(command.function)]
     command_options = options if command not in COMMANDS else options_of(COMMANDS[str(command)].function)
@@ -437,7 +437,8 @@ def as_flags(message: str, command: str | None = None) -> str:
     dashed = {option.name: _dashed(option.name) for option in options if option.name not in positional}
     names = "|".join(sorted({option.name for option in command_options} - positional)) or "(?!)"
     flags = "|".join(sorted({option.name for option in options if _without_none(option.type) is bool}))
-    message = re.sub(rf" \((?:{flags})=(?:True|False)\)| \(test_fraction=0\)", "", message)  # repeats the option
+    # drop parentheses that only repeat the option
+    message = re.sub(rf" \((?:{flags})=(?:True|False)\)| \(test_fraction=0\)", "", message)
     message = re.sub(rf"(?<![-\w.])({flags})=True\b", lambda m: dashed[m[1]], message)
     message = re.sub(rf"(?<![-\w.])({flags})=False\b", lambda m: f"{dashed[m[1]]} false", message)
     message = message.replace("weights=PATH", "--weights PATH")

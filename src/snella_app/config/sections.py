@@ -154,7 +154,7 @@ class BaseOptimConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(BaseOptimConfig):
-    """Epochs, batches, loss, learning rates, heads and weight averages. None selects the default of the method.
+    """Epochs, batches, loss, learning rates, heads and weight averages. None selects the method's default.
 
     Args:
         epochs: Number of epochs; 0 only fits the heads, without training the backbone.
@@ -265,7 +265,7 @@ class OptimConfig(BaseOptimConfig):
         return min(images, self.epoch_images or images)
 
     def with_batch_size_for(self, images: int) -> Self:
-        """Return a copy with the default batch size for this number of training images if `batch_size` is None."""
+        """Return a copy in which the default for this number of training images replaces a `batch_size` of None."""
         default = min(DEFAULT_BATCH_SIZE, images)
         return dataclasses.replace(self, batch_size=default if self.batch_size is None else self.batch_size)
 

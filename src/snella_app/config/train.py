@@ -39,8 +39,8 @@ class RunSettings(Config):
     Attributes:
         required: Required settings of a new run, with example values.
         out_example: Example value of `out`, which is always required.
-        purpose: Key of the entry of `Method.recipes` that supplies defaults for settings that are None; methods
-            without this entry are rejected. Empty for `snella train`, which uses `Method.defaults`.
+        purpose: Key in `Method.recipes` of the defaults for settings that are None; methods without this key are
+            rejected. Empty for `snella train`, which uses `Method.defaults`.
     """
 
     required: ClassVar[dict[str, str]] = {}
@@ -175,9 +175,9 @@ class TrainConfig(RunSettings):
     def resolved(self) -> Self:
         """Return a copy with the method's defaults in place of None, and class weights read from their file.
 
-        For methods with a budget of weights that may change, `early_stopping` changes the default of `schedule_end` to
-        0.7, so that the budget reaches its target before training can stop; a preset in `method_options` keeps its own
-        value.
+        For methods with a budget (the number of weights that an update may change), `early_stopping` changes the
+        default of `schedule_end` to 0.7, so that the budget reaches its target before training can stop; a preset in
+        `method_options` keeps its own value.
 
         Raises:
             ValueError: If the method is `auto`, the `weights` file is missing, the `class_weights` file is missing or
@@ -214,7 +214,7 @@ class TrainConfig(RunSettings):
         return errors
 
     def method_errors(self) -> list[str]:
-        """Check the method; method 'auto' accepts no method-specific settings."""
+        """Check the method; 'auto' does not support method-specific settings, folds or segmentation."""
         if self.method.preset_errors():
             return []  # reported by the section; the preset also sets `scalar_lr`
         if self.method.name != AUTO_METHOD:
@@ -293,7 +293,7 @@ class TrainConfig(RunSettings):
 
 
 def command_line(settings: RunSettings, default: RunSettings, command: str) -> str:
-    """Return the command line of `command`, without `UNSTORED_FIELDS` and settings that are None or equal `default`.
+    """Return the command line of `command`, without `UNSTORED_FIELDS` and settings that are None or as in `default`.
 
     Settings that differ from the preset of `settings` are included even if they equal those in `default`.
     """

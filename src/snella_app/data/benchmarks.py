@@ -1,4 +1,4 @@
-"""VTAB-1k and FGVC: folder layouts, loading and validation.
+"""VTAB-1k and FGVC (fine-grained visual classification): folder layouts, loading and validation.
 
 A list is a file that names the images of a split and their classes.
 """
@@ -50,7 +50,7 @@ class Inspection:
     digest_of: Callable[[Path], str] = field(default_factory=lambda: cache(sha256_of))
 
     def add_part(self, name: str, root: Path, files: Sequence[str], labels: Sequence[int]) -> None:
-        """Add a list of files below `root` with their class indices, and record duplicate and missing files."""
+        """Add the files of a list below `root` with their class indices, and record duplicate and missing files."""
         paths = [root / file for file in files]
         self.parts[name] = ImageDataset(FileImages(paths), range(len(files)), labels, files)
         duplicates = [file for file, count in Counter(files).items() if count > 1]
@@ -90,7 +90,7 @@ class Inspection:
         """If both splits exist, record the images that they share: the same file or identical files.
 
         Some benchmarks contain a few identical files under different names (e.g. symmetric rendered shapes). Such files
-        are a note instead of an error if they make up at most 5% of the second split.
+        are recorded in a note instead of an error if they make up at most 5% of the second split.
 
         Args:
             first: Training or validation split.
@@ -286,7 +286,7 @@ def inspect_vtab(folder: Path, task: BenchmarkDataset) -> Inspection:
 
 
 def _read_list(inspection: Inspection, name: str) -> None:
-    """Add a list with the lines `images/SPLIT/NAME LABEL`, and record malformed lines as an error."""
+    """Add a list with lines of the form `images/SPLIT/NAME LABEL`, and record malformed lines as an error."""
     content = (inspection.folder / f"{name}.txt").read_text(encoding="utf-8-sig", errors="replace")
     files = []
     labels = []
@@ -322,10 +322,10 @@ VTAB = BenchmarkFamily(
     is_resized_whole=True,
     official_joins_val=True,
 )
-"""VTAB-1k."""
+"""Benchmark VTAB-1k."""
 
 
-_FGVC_LAYOUT = "DATASET/{train,val,test}.json, each one object {image path: class}, next to the images"
+_FGVC_LAYOUT = "DATASET/{train,val,test}.json, each an object {image path: class}, next to the images"
 _FGVC_PARTS = ("train", "val", "test")
 _FGVC_LISTS = tuple(f"{name}.json" for name in (*_FGVC_PARTS, "trainval"))
 FGVC_DATASETS: dict[str, BenchmarkDataset] = {
@@ -346,8 +346,8 @@ FGVC_DATASETS: dict[str, BenchmarkDataset] = {
 def inspect_fgvc(folder: Path, dataset: BenchmarkDataset) -> Inspection:
     """Read and check the lists of one dataset in its folder.
 
-    Class indices are assigned over all lists together, because a class missing from one list would shift the indices of
-    that list. If there is `trainval.json` but no `train.json`, it replaces `train.json` and `val.json`.
+    Class indices are assigned over all lists together, because a class missing from one list would otherwise shift the
+    indices of that list. If there is no `train.json`, `trainval.json` replaces `train.json` and `val.json`.
     """
     inspection = Inspection(dataset.name, folder)
     files = {name: folder / f"{name}.json" for name in _FGVC_PARTS}
@@ -387,7 +387,7 @@ def _read_object(file: Path, errors: list[str]) -> dict[str, int]:
     if not isinstance(content, dict) or not content:
         errors.append(f"{file.name} must contain an object {{image path: class}}, got {str(content)[:40]!r}")
         return {}
-    # an integer, or a string of digits
+    # neither an integer nor a string of digits
     invalid = [
         f"{path!r}: {label!r}"
         for path, label in content.items()
@@ -414,4 +414,4 @@ def _folder_names(ids: list[int], parts: list[ImageDataset]) -> list[str]:
 
 
 FGVC = BenchmarkFamily("fgvc", "FGVC", "dataset", FGVC_DATASETS, _FGVC_LAYOUT, inspect_fgvc, _FGVC_PARTS, _FGVC_LISTS)
-"""FGVC."""
+"""Benchmark FGVC."""

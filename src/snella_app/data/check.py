@@ -37,7 +37,7 @@ class BenchmarkCheck:
         inspections: Results for the existing datasets.
         missing: Names of missing datasets.
         layout: Expected folder layout.
-        unexpected: Unknown folders with a name similar to a missing dataset, each with the name of that dataset.
+        unexpected: Unknown folders whose name resembles that of a missing dataset; each entry contains both names.
     """
 
     title: str
@@ -49,7 +49,7 @@ class BenchmarkCheck:
 
     @property
     def errors(self) -> list[str]:
-        """All error messages."""
+        """Messages for all errors, including deviations from the benchmarks and missing datasets."""
         messages = [
             f"{inspection.name}: {error}"
             for inspection in self.inspections
@@ -141,7 +141,7 @@ def _subfolders(root: Path) -> list[Path]:
 
 
 def _benchmarks_in(*folders: Path) -> list[tuple[BenchmarkFamily, Path]]:
-    """Return each benchmark with each of the folders that contains at least one of its datasets."""
+    """Return all pairs of a benchmark and one of the folders that contains at least one of its datasets."""
     return [(family, path) for family in _FAMILIES for path in folders if family.has_datasets(path)]
 
 
@@ -374,7 +374,7 @@ def _suspicious_names(classes: Sequence[str]) -> list[str]:
 
 
 def contact_sheet(splits: DataSplits, *, per_class: int = 10, max_classes: int = 20) -> Image.Image:
-    """Draw the first training images of each of the first classes (or strata), one row per class."""
+    """Draw the first training images of each of the first classes (or strata, see `build_collection`), one row each."""
     images = splits.train
     labels = sorted(set(images.labels))[:max_classes]
     rows: dict[int, list[int]] = {label: [] for label in labels}

@@ -1,4 +1,4 @@
-"""Conversion of rows, i.e. images with the values of named columns, to a `Collection`.
+"""Conversion of table rows (images with the values of named columns) to a `Collection`.
 
 Splits are stratified by class. For regression and multi-label data, strata replace the classes: ranges of a number, or
 the rarest label of an image.
@@ -30,7 +30,7 @@ _FALSE = ("0", "0.0", "false", "no", "", "-1")
 _BINS = 10
 """Maximum number of strata for numeric targets, and minimum average number of rows per stratum."""
 _FEW_CLASSES = 20
-"""Number of classes that is accepted however few images there are."""
+"""Number of classes that is accepted regardless of the number of images."""
 _MIN_IN_STRATUM = 3
 """Minimum number of rows in a stratum, enough for one row in each split."""
 _MAX_WEIGHT = 1e9  # Adam squares gradients, which scale with the weights, in float32
@@ -69,7 +69,7 @@ class Samples:
 
     @property
     def labels(self) -> list[Any]:
-        """Raw values of the label column, or tuples of values if there are several."""
+        """Raw values of the label column, or tuples of values if there are several label columns."""
         columns = [self.table[name] for name in self.label_columns]
         return list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
 
@@ -86,9 +86,9 @@ class Samples:
 def build_collection(samples: Samples, config: DataConfig, target: TargetKind) -> Collection:
     """Convert rows to images with labels, weights and groups in their splits.
 
-    For the target `class`, `ImageDataset.labels` contains class indices. Otherwise it contains strata: the rarest label
-    of an image (`labels`), or one of up to ten ranges of the first number (`numbers`). `ImageDataset.annotations`
-    contains the raw labels.
+    For the target `class`, `ImageDataset.labels` contains class indices. Otherwise, it contains indices of strata: the
+    rarest label of an image (`labels`), or one of up to ten ranges of the first number (`numbers`).
+    `ImageDataset.annotations` contains the labels themselves, the weights and the groups.
 
     Args:
         samples: Raw rows.
@@ -314,7 +314,7 @@ def _binary_columns(samples: Samples) -> tuple[list[Target], dict[int, str]]:
 
 
 def _parsed_list(value: Any) -> Any:
-    """Parse a list or NumPy array, as pandas writes it to CSV; return other values unchanged."""
+    """Parse a list or NumPy array that pandas has written to CSV; return other values unchanged."""
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         # NumPy separates entries by spaces; Python would join adjacent strings
         gap = r"(?<=['\"])\s+(?=['\"])" if "'" in value or '"' in value else r"(?<=[\d.])\s+(?=[\d-])"
@@ -375,7 +375,7 @@ def _labels(
         others_size = sum(size for name, size in sizes.items() if name not in names)
         has_others = others_size >= _MIN_IN_STRATUM or not names
         others_index = len(names)
-        if not has_others:  # too few rows for a stratum join the largest one
+        if not has_others:  # rows that are too few for their own stratum join the largest one
             others_index = names.index(max(names, key=sizes.__getitem__))
         strata_names = [*names, "others"] if has_others and others_size else names
         stratum_indices = {name: number for number, name in enumerate(names)}

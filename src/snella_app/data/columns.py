@@ -120,9 +120,9 @@ class Columns:
 
 
 def columns_in(role: str, column: str, table: Container[str]) -> list[str]:
-    """Return the columns that a value of `--columns` references, e.g. both of `label=age+height`.
+    """Return the columns that a role's value in `--columns` references, e.g. both columns of `label=age+height`.
 
-    Names in the table may contain `+`, so the longest match counts.
+    Column names may themselves contain `+`, so the longest match counts.
     """
     if role == "path" and (names := _PLACEHOLDER.findall(column)):
         return names
@@ -140,7 +140,7 @@ def columns_in(role: str, column: str, table: Container[str]) -> list[str]:
 
 
 def _describe_column(name: str, values: Sequence[Any]) -> str:
-    """Describe a column: name and three examples."""
+    """Describe a column: its name and up to three examples."""
     examples = dict.fromkeys(format_value(value) for value in values if value is not None and value != "")
     shown: list[str] = []
     for example in list(examples)[:3]:

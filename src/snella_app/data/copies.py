@@ -1,4 +1,7 @@
-"""Copies of images within a dataset and across splits: equal files, equal pixels and near-duplicates."""
+"""Copies of images within a dataset and across splits: equal files, equal pixels and near-duplicates.
+
+The metadata of an inspected image includes its size and a 16×16 gray thumbnail.
+"""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +54,7 @@ def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> li
 
 
 def equal_files(train: ImageDataset, others: ImageDataset, digest_of: Callable[[Path], str]) -> dict[int, int]:
-    """Find files that are byte-identical to a training image; hash only files of a size found in both datasets.
+    """Find files that are byte-identical to a training image; hash only files whose size occurs in both datasets.
 
     Args:
         train: Training images.
@@ -84,7 +87,7 @@ def _match(keys: Sequence[Mapping[int, Any]], digest: Callable[[int, int], Any])
 
 
 def find_duplicates(images: ImageDataset) -> list[list[int]]:
-    """Return groups of positions with duplicate images: equal size and equal 16×16 gray thumbnail.
+    """Return groups of positions of duplicate images, which have the same size and the same thumbnail.
 
     Flat images and images that were not inspected are ignored.
     """
@@ -124,9 +127,9 @@ def _pixel_digest(images: ImageDataset, position: int) -> bytes:
 def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
     """Find near-duplicates of training images: re-encoded, resized or compressed copies.
 
-    Two images match if their 16×16 gray thumbnails have a correlation ≥ 0.995 and a root mean square difference
-    ≤ 3 (on a scale from 0 to 255). Flat images and images that were not inspected are ignored. With more than 2 billion
-    pairs, the result is empty.
+    Two images match if their thumbnails have a correlation ≥ 0.995 and a root mean square difference ≤ 3 (on a scale
+    from 0 to 255). Flat images and images that were not inspected are ignored. With more than 2 billion pairs, the
+    result is empty.
 
     Returns:
         Position of the most similar matching training image by position in `others`.

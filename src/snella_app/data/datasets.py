@@ -46,7 +46,7 @@ class Annotations:
         return Annotations(**selected)
 
     def joined(self, other: "Annotations") -> "Annotations":
-        """Concatenate two annotations, without the columns that either of them lacks."""
+        """Concatenate the annotations of two datasets, without columns that either of them lacks."""
         own_columns = self.plain()
         other_columns = other.plain()
         shared = [name for name in own_columns if name in other_columns]
@@ -66,7 +66,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
     Args:
         source: Source of the images.
         rows: Selected rows of the source, in order.
-        labels: Class index of each selected image.
+        labels: Class index of each selected image, or stratum index (see `build_collection`).
         names: Name of each selected image.
         annotations: Raw targets, sample weights and groups of the selected images.
 
@@ -190,7 +190,7 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         return dataset
 
     def _item(self, index: int) -> tuple[Any, ...]:
-        """Return the image, transformed if there is a transform, and its target. The caller seeds the generator."""
+        """Return the image, transformed if there is a transform, and `target_and_weight`; the caller sets the seed."""
         image = self.source.load(self.rows[index])
         if self.transform is not None:
             image = self.transform(image)
@@ -261,7 +261,7 @@ class MaskDataset(ImageDataset):
         return [self.source, self.masks]
 
     def _item(self, index: int) -> tuple[Any, Any]:
-        """Return image and labels, transformed together to `[3, height, width]` and `[height, width]`, int64."""
+        """Return image and labels, which a transform maps to `[3, height, width]` and int64 `[height, width]`."""
         image = self.source.load(self.rows[index])
         labels = torch.from_numpy(self.mask(index))
         if self.transform is None:
@@ -271,7 +271,7 @@ class MaskDataset(ImageDataset):
 
 
 def read_at_side(parts: Sequence[ImageDataset], side: int | None) -> list[ImageDataset]:
-    """Return copies of splits with a different `Reading.side`. Splits that share a source still do.
+    """Return copies of splits with a different `Reading.side`. Splits that share a source still share one.
 
     Splits with masks are returned unchanged.
     """
@@ -315,7 +315,7 @@ class Collection:
         is_resized_whole: If True, images are resized without a center crop.
         official_joins_val: True if the scripts of SNELLA's authors also train on the validation split.
         broken: Reason why each skipped image is unusable, by name.
-        problems: Reasons why the data cannot be used for training, only for evaluation.
+        problems: Reasons why the data can be used only for evaluation, not for training.
     """
 
     name: str

@@ -32,8 +32,8 @@ def load_folder(path: str, config: DataConfig, target: TargetKind) -> Collection
     """Load the images of a folder with one subfolder per class.
 
     The folder has splits if it contains a folder `train` or `training` with class folders. Every image file is decoded
-    once to find broken files before training. Hidden files are ignored, and files of other types are skipped with a
-    note. Images in nested folders belong to the enclosing class folder.
+    once to find broken files before training. Hidden files are ignored, and other files in class folders that are not
+    images are skipped with a note. Images in nested folders belong to the enclosing class folder.
     """
     root = existing_folder(path)
     folders = _split_folders(root)
@@ -66,7 +66,7 @@ def load_folder(path: str, config: DataConfig, target: TargetKind) -> Collection
 
 
 def broken_note(broken: Mapping[str, str], count: int, folder: str | Path, skip_corrupt: bool) -> str:
-    """Return the note about the `broken` images (reason by name) among `count`.
+    """Return the note about the `broken` images (reason by name) among `count` images.
 
     Raises ValueError unless `skip_corrupt`.
     """
@@ -90,7 +90,7 @@ def existing_folder(
         content: Required content of the folder, for messages.
 
     Raises:
-        FileNotFoundError: If the folder does not exist. The message suggests similar names.
+        FileNotFoundError: If the folder does not exist. The message suggests similar names, if any.
         ValueError: If the path is empty or is a file.
     """
     if not path.strip():
@@ -178,17 +178,17 @@ def _class_files(folder: Path, others: Counter[str]) -> _Files:
 
 
 def walk_visible(folder: Path, *, root: Path | None = None) -> Iterator[Path]:
-    """Iterate over all visible files below a folder, sorted by name.
+    """Iterate over all visible files below a folder, folder by folder, sorted by name.
 
-    Links to folders are followed only with `root` (the folder of the dataset), each target once, and only if the target
-    is outside `root` and does not contain it.
+    Links to folders are followed only if `root` (the folder of a split) is given, each target once, and only if the
+    target is outside `root` and does not contain `root`.
     """
     top = None if root is None else os.path.realpath(root)
     visited = set()
     for current, folders, names in os.walk(folder, followlinks=root is not None):
-        inside = sorted(name for name in folders if not name.startswith("."))
+        visible = sorted(name for name in folders if not name.startswith("."))
         folders.clear()
-        for name in inside:
+        for name in visible:
             path = os.path.join(current, name)
             if os.path.islink(path):
                 target = os.path.realpath(path)
@@ -200,7 +200,7 @@ def walk_visible(folder: Path, *, root: Path | None = None) -> Iterator[Path]:
 
 
 def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Path) -> list[str]:
-    """Raise ValueError with all errors of the class folders, or return `Collection.problems`."""
+    """Raise ValueError with all errors in the class folders, or return `Collection.problems`."""
     errors = []
     problems = []
     if not files["train"]:
@@ -228,7 +228,7 @@ def _check_classes(files: dict[str, _Files], folders: dict[str, Path], root: Pat
             hints = [f" (nearest: {lowered[names[0]]!r})" if names else "" for names in near]
             named = [f"{name!r}{hint}" for name, hint in zip(unknown, hints, strict=True)]
             errors.append(
-                f"classes of '{folders[part].name}' unknown to training: {listed(named)}; "
+                f"classes of '{folders[part].name}' missing from training: {listed(named)}; "
                 f"training has {listed([repr(name) for name in files['train']])}"
             )
     if errors:
@@ -248,7 +248,7 @@ def _no_classes_error(folder: Path, root: Path) -> str:
 
 
 def _table_hint(*folders: Path) -> str:
-    """Return a hint about a label table next to the images; empty if there is none."""
+    """Return a hint about a label table next to the images, or an empty string if there is none."""
     files = (child for folder in folders for child in sorted(folder.iterdir()))
     table = next((file for file in files if file.suffix in _TABLES or file.name == _METADATA), None)
     if table is None:

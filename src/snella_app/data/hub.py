@@ -42,7 +42,7 @@ from snella_app.text import first_line, listed, similar_paths
 PYTHON_PREFIX = "python:"
 """Prefix under which a run records a dataset object, which cannot be loaded by name."""
 _IMAGE = "<image>"
-"""Placeholder for each image in the table of a dataset, because images are not read into memory."""
+"""Placeholder for each image in a dataset's table, because images are not read into memory."""
 _KEY = "__key__"
 _URL = "__url__"
 """Columns that `datasets` adds to the samples of a shard: the name of the sample, and the path of the shard."""
@@ -51,9 +51,8 @@ _URL = "__url__"
 def load_hf(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """Load the images of a Hugging Face dataset.
 
-    `path` is a folder written by `save_to_disk`, a folder of images with `metadata.csv` (`imagefolder`), a folder of
-    Parquet files, or a Hub name `owner/name` or `owner/name:configuration`. The path column defaults to the first image
-    column.
+    `path` is a folder written by `save_to_disk`, a folder of images with `metadata.csv`, a folder of Parquet files,
+    or a Hub name `owner/name` or `owner/name:configuration`. The path column defaults to the first image column.
 
     Raises:
         FileNotFoundError: If the dataset does not exist.
@@ -82,10 +81,10 @@ def load_hf(path: str, config: DataConfig, target: TargetKind) -> Collection:
 def load_wds(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """Load the images of WebDataset shards: a folder, a pattern (`train-*.tar`) or a range (`train-{000..009}.tar`).
 
-    Files of a sample share a key, the name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or `0001.json`
-    with the label. File extensions and JSON keys become columns, e.g. `label=json.species`. A shard whose name starts
-    with `train`, `val`, `test` or a synonym belongs to that split; all others belong to `train`. Images are named by
-    key, prefixed with the shard's path if the shards of a split repeat a key.
+    The files of a sample share a key, the name before the first dot: `0001.jpg`, and `0001.cls`, `0001.txt` or
+    `0001.json` with the label. File extensions and JSON keys become columns, e.g. `label=json.species`. A shard whose
+    name starts with the word `train`, `val`, `test` or a synonym belongs to that split; all others belong to `train`.
+    Images are named by key, prefixed with the shard's path if the shards of a split repeat a key.
     """
     if not path.strip():
         raise ValueError("data must name shards after 'wds:', got 'wds:'; write wds:FOLDER or wds:train-{000..009}.tar")
@@ -105,8 +104,8 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
     Args:
         data: A `datasets.Dataset` or `DatasetDict`, a map-style torch dataset of (image, label) items without
             transform, e.g. from torchvision, or a mapping from split names to such datasets. A single split is treated
-            as data without splits. Class indices refer to the attribute `classes` of their dataset, if it has one.
-            Multi-hot vectors refer to the classes of the first split that has any.
+            as data without splits. Class indices refer to the attribute `classes` of their dataset, or of the first
+            split that has it. Multi-hot vectors always refer to the first split that has it.
         config: Only `channels`, `white`, `skip_corrupt` and, for Hugging Face datasets, `columns` apply.
         target: Content of the label column.
 
@@ -181,7 +180,7 @@ class _HubImages(CachedImages):
         parts: Datasets.
         column: Name of the image column.
         reading: As for `read_image`.
-        roots: Folders that may contain referenced files. Relative paths start at the first one. None allows all files.
+        roots: Folders that may contain referenced files. Relative paths refer to the first one. None allows all files.
     """
 
     def __init__(self, parts: Sequence[Any], column: str, reading: Reading, roots: Sequence[Path] | None) -> None:
@@ -208,7 +207,7 @@ class _HubImages(CachedImages):
         return self._bytes(self.rows[row][self.column])
 
     def _bytes(self, item: Any) -> bytes:
-        """Return the bytes of an image from its column or referenced file; raise ValueError if there is neither."""
+        """Return the bytes of an image from its column or the referenced file; raise ValueError if neither has them."""
         if item is None or (item["bytes"] is None and item["path"] is None):
             raise ValueError("no image")
         if item["bytes"] is not None:
@@ -242,7 +241,7 @@ class _ObjectImages(CachedImages):
             raise ValueError(str(error) or type(error).__name__) from error
 
     def content(self, row: int) -> bytes:
-        """Return the pixels."""
+        """Return the size and the pixels."""
         image = self.read(row)
         return repr(image.size).encode() + image.tobytes()
 
@@ -266,12 +265,12 @@ def _pil_image(item: Any) -> Image.Image:
 def _labels_of(part: Any) -> tuple[list[Any], dict[int, str]]:
     """Return the labels of a torch dataset and, by row, the errors of unreadable items.
 
-    A label list of the dataset is preferred to the labels of its items unless the dataset has a `target_transform`.
+    The dataset's own list of labels is preferred to the labels of its items unless there is a `target_transform`.
     """
     broken: dict[int, str] = {}
     attributes: Iterator[Any] = (getattr(part, name, None) for name in ("targets", "labels", "_labels"))
     values = next((values for values in attributes if hasattr(values, "__len__") and len(values) == len(part)), None)
-    # items are read only if necessary, because this decodes the images; `target_transform` changes only items
+    # items are read only if necessary, because reading decodes the images; `target_transform` affects only items
     if values is None or getattr(part, "target_transform", None) is not None:
         values = []
         for row in range(len(part)):
@@ -295,7 +294,7 @@ def _from_hf(
 ) -> Collection:
     """Convert Hugging Face datasets to a `Collection`.
 
-    Rows may only reference files below `roots`, which the columns' `root` replaces. None allows all files.
+    Rows may reference only files below `roots`. A `root` in `config.columns` replaces them. None allows all files.
     """
     import datasets
 
@@ -331,8 +330,16 @@ def _from_hf(
     if roles["path"] not in image_columns:
         first_values = table.get(roles["path"], [])[:1]
         raise ValueError(f"{where}: column {roles['path']!r} must contain images, got {first_values}")
+    without_images = [
+        part for part, rows in parts.items() if not isinstance(rows.features.get(roles["path"]), datasets.Image)
+    ]
+    if without_images:
+        raise ValueError(
+            f"{where}: column {roles['path']!r} must contain images in every split, got none in "
+            f"{listed(map(repr, without_images))}"
+        )
     part_names = [part for part, rows in parts.items() for _ in range(len(rows))]
-    replaces_splits = columns.names.get("split") is not None  # by a column, or by new splits for `none`
+    replaces_splits = columns.names.get("split") is not None  # with those of a column, or with new ones for `none`
     if len(parts) > 1 and not replaces_splits:
         table["split"] = part_names
         roles["split"] = "split"
@@ -355,10 +362,10 @@ def _from_hf(
 
 
 def _values(rows: Any, image_columns: Sequence[str]) -> dict[str, list[Any]]:
-    """Return all columns except images, with names for class indices, and mappings as columns such as `json.label`."""
+    """Return all columns except images. Class indices become names; mappings become columns such as `json.label`."""
     table: dict[str, list[Any]] = {}
     try:
-        columns = rows.remove_columns(list(image_columns)).to_dict()
+        columns = rows.remove_columns([column for column in image_columns if column in rows.features]).to_dict()
     except (ValueError, OverflowError) as error:  # timestamps out of range
         raise ValueError(f"data cannot be read: {first_line(error)}") from error
     for column, values in columns.items():
@@ -382,7 +389,7 @@ def _class_names(kind: Any) -> list[str] | None:
 
 
 def _index_to_name(value: Any, names: Sequence[str], column: str, row: int) -> Any:
-    """Convert a class index, or each index of a list, to the class name.
+    """Convert a class index, or each index in a list, to its class name.
 
     A negative index, usually -1, means unlabeled. It becomes None, or is dropped from a list.
     """

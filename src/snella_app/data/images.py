@@ -41,7 +41,7 @@ _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 HEIC_HINT = "HEIC images need pillow-heif: pip install 'snella[heic]', or save them as JPEG"
 _NUMPY_START = b"\x93NUMPY"
 _REDUCIBLE = ("L", "RGB", "CMYK", "YCbCr")
-"""Pillow modes with values that can be averaged."""
+"""Pillow modes whose values can be averaged."""
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Modes of 8-bit images by number of channels; images with a different number of channels are arrays."""
 _THUMBNAIL_SIDE = 16
@@ -77,7 +77,8 @@ class ImageMetadata:
         has_pages: True if the file has several pages or frames.
         thumbnail: The image reduced to 16×16 gray values, uint8. Thumbnails of re-encoded and resized copies are nearly
             equal.
-        brightest: Largest value of a 16-bit grayscale image or uint16 array as a fraction of white; None for others.
+        brightest: Largest value of a 16-bit grayscale image or uint16 array as a fraction of white; None for other
+            images.
     """
 
     size: tuple[int, int]
@@ -101,8 +102,8 @@ def read_image(path: str | Path, reading: Reading = RGB) -> Any:
         reading: Decoding options.
 
     Returns:
-        A PIL image for 1, 3 or 4 channels. Otherwise a `tv_tensors.Image`, `[channels, height, width]`. Its values are
-        uint8, or float32 in [0, 1], where 16-bit values are fractions of white.
+        A PIL image for 1, 3 or 4 channels; otherwise, a `tv_tensors.Image`, `[channels, height, width]`, with uint8
+        values or float32 values in [0, 1], where 16-bit values are fractions of white.
 
     Raises:
         ValueError: If the file is not an image or is truncated, or has unsupported values or the wrong number of
@@ -200,7 +201,7 @@ def _image_errors(name: str, file: File) -> Iterator[None]:
 
 
 def open_image(file: File) -> Image.Image:
-    """Open an image of one of the `FORMATS` with Pillow, HEIC with pillow-heif, or an 8-bit NumPy array file.
+    """Open an image in one of the `FORMATS` with Pillow, HEIC with pillow-heif, or an 8-bit NumPy array file.
 
     Raises:
         UnidentifiedImageError: If the format is not supported.
@@ -219,7 +220,7 @@ def open_image(file: File) -> Image.Image:
 
 
 def _load_npy(file: File) -> np.ndarray:
-    """Read an array file after checking its header for values that are not numeric or too many."""
+    """Read an array file after checking in its header that its values are numeric and not too many."""
     array_pixels(file)
     return np.load(file, allow_pickle=False)
 
@@ -232,7 +233,7 @@ def _array_image(file: File) -> Image.Image:
     channels = values.shape[-1] if values.ndim == 3 else 1
     has_channels = values.ndim in (2, 3) and channels in PILLOW_MODES
     if not has_channels or values.dtype != np.uint8:
-        remedy = "convert it to uint8" if has_channels else "set another number with --channels (channels=)"
+        remedy = "convert it to uint8" if has_channels else "set the number of channels with --channels (channels=)"
         actual = f"{values.dtype} of shape {list(values.shape)}"
         raise ValueError(f"an array must be uint8 with 1, 3 or 4 channels, got {actual}; {remedy}")
     if channels == 1:
@@ -310,7 +311,7 @@ def array_pixels(file: File) -> int:
     """Return the number of values in a TIFF or array file from its header, and rewind a stream.
 
     Raises:
-        ValueError: If the file has neither format or is damaged, or its values are not numeric or are too many.
+        ValueError: If the file has neither format or is damaged, or if its values are not numeric or too many.
         ImportError: If tifffile is required but not installed.
     """
     try:
@@ -340,7 +341,7 @@ def _open_tiff(file: File) -> Iterator[Any]:
             yield tiff
     except DECODING_ERRORS:
         raise
-    except Exception as error:  # tifffile raises TypeError and others, codecs zlib.error, lzma.LZMAError and others
+    except Exception as error:  # e.g. TypeError from tifffile; zlib.error or lzma.LZMAError from codecs
         raise ValueError(str(error) or type(error).__name__) from error
 
 
@@ -439,7 +440,7 @@ def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
 
 
 THRESHOLD = 128
-"""Minimum foreground value in a mask of a lossy format."""
+"""Minimum foreground value in a mask in a lossy format."""
 LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "AVIF")
 """Formats whose masks are thresholded, because compression may change their labels."""
 _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")

@@ -34,7 +34,7 @@ from snella_app.text import listed, similar_paths, split_text
 _DARK = 0.25
 """Largest brightness, as a fraction of white, that triggers the warning about dark 16-bit images."""
 _IMBALANCE = 4
-"""Ratio of class sizes that triggers the imbalance warning."""
+"""Minimum ratio of class sizes that triggers the imbalance warning."""
 _FOLDER = "folder:"
 _READERS: dict[str, Callable[[str, DataConfig, TargetKind], Collection]] = {
     _FOLDER: load_folder,
@@ -48,8 +48,8 @@ _READERS: dict[str, Callable[[str, DataConfig, TargetKind], Collection]] = {
     "fgvc:": FGVC.load,
 }
 """Readers by prefix. Each takes the text after the colon, the settings and the target. A reader raises a
-FileNotFoundError if the data is missing, a ValueError that lists all problems if it cannot be used, an ImportError if a
-package is missing, and a ConnectionError if the Hub is unreachable."""
+FileNotFoundError if the data is missing, a ValueError that lists all problems if the data cannot be used, an
+ImportError if a package is missing, and a ConnectionError if the Hub is unreachable."""
 _TABLES = {"csv:": "FILE", "parquet:": "FILE", "hf:": "NAME", "wds:": "SHARDS"}
 """Prefixes of data with columns, each with the placeholder for the text after the colon."""
 _BENCHMARKS = {"vtab:": VTAB, "fgvc:": FGVC}
@@ -61,7 +61,7 @@ class DataSplits(Collection):
     """A collection divided into training, validation and test splits.
 
     Attributes:
-        description: One-line summary, human-readable.
+        description: Human-readable, one-line summary.
         warnings: Problems that may invalidate results, e.g. test images in the training split, with remedies. `notes`
             contains them as well.
         fold_part: Name of the split that is the cross-validation fold, or None without cross-validation.
@@ -74,7 +74,7 @@ class DataSplits(Collection):
 
 @functools.cache
 def _registered() -> dict[str, Callable[..., Collection]]:
-    """Return registered data loaders by name. The names of loaders that take a path end with a colon."""
+    """Return registered data loaders by name. The names of loaders that require a path end with a colon."""
     loaders = {}
     for name, load in plugins("data", frozenset(prefix.removesuffix(":") for prefix in _PREFIXES)).items():
         needs_path = any(p.default is p.empty for p in inspect.signature(load).parameters.values())
@@ -93,7 +93,7 @@ def data_names() -> list[str]:
 def full_spec(spec: str) -> str:
     """Add the prefix to a bare path: `folder:photos` for class folders, `csv:t.csv` for a table.
 
-    Folders with other contents get another prefix:
+    Folders with other contents get a different prefix:
 
     - `masks:` for a folder with `images` and `masks`, or with a subfolder `train` that has both
     - `hf:` for a folder written by Hugging Face datasets, or with `metadata.csv` in it or in a subfolder
@@ -101,7 +101,8 @@ def full_spec(spec: str) -> str:
     - `hf:` for a folder with Parquet files and no images, such as a repository downloaded from the Hub. The folder may
       have no subfolder except `data`, which is searched as well.
 
-    Names of registered datasets take precedence over folders. Any other text is returned unchanged.
+    Names of registered datasets take precedence over folders. Any other text, such as the path of a missing folder, is
+    returned unchanged.
     """
     path = expand_user(spec)
     if split_spec(spec)[1] is not None or spec in _registered() or not spec.strip() or not os.path.exists(path):
@@ -176,8 +177,9 @@ def load_data(
         config: Columns, image format, handling of broken images, splits and their sizes; other fields do not apply.
         seed: Seed for splitting, subsampling and augmentation, in [0, 2^32); test images use `config.test_seed` if set.
         target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
-            (`numbers`, with column names as `classes`). `ImageDataset.labels` contains classes, or strata for the other
-            two; `ImageDataset.annotations` contains raw values, weights and groups.
+            (`numbers`, with column names as `classes`). `ImageDataset.labels` contains class indices for `class`, and
+            strata (see `build_collection`) otherwise; `ImageDataset.annotations` contains raw values, weights and
+            groups.
         divide: If False, create no splits except a fold, and accept data that cannot be used for training.
 
     Raises:
@@ -239,7 +241,7 @@ def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
 
 
 def _read(spec: Any, config: DataConfig, target: TargetKind) -> Collection:
-    """Read the data in its existing splits."""
+    """Read the data with its existing splits."""
     if not isinstance(spec, str | Path):
         return from_python(spec, config, target)
     spec = full_spec(str(spec))
@@ -314,7 +316,7 @@ def _as_target(collection: Collection, target: TargetKind, spec: str) -> Collect
 
 
 def _hold_out(splits: DataSplits, folds: int, fold: int, seed: int) -> None:
-    """Hold out a fold of the training and validation images as the test split, or validation if a test split exists."""
+    """Hold out a fold of the training and validation images for testing, or for validation if a test split exists."""
     images = splits.train if splits.val is None else joined(splits.train, splits.val)
     groups = images.annotations.groups
     # without groups, `fold_split` needs an image of each stratum for every fold
@@ -357,7 +359,7 @@ def _divide(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int], ta
 def _split_off(
     splits: DataSplits, part: str, fraction: float, seed: int, target: TargetKind
 ) -> tuple[ImageDataset, ImageDataset]:
-    """Split off a fraction of the training images, by group if present.
+    """Split off a fraction of the training images, keeping groups together.
 
     Returns:
         The remaining images, and the selected images.
@@ -416,8 +418,8 @@ def _missing_class_warnings(splits: DataSplits, target: TargetKind) -> list[str]
     noun, plural = ("class", "classes") if target == "class" else ("label", "labels")
     remedies = {
         "train": f"add training images or remove the {noun}",
-        "val": f"add validation images, or epoch selection ignores missing {plural}",
-        "test": f"add test images, or test scores ignore missing {plural}",
+        "val": f"add validation images, or epoch selection will ignore missing {plural}",
+        "test": f"add test images, or test scores will ignore missing {plural}",
     }
     for part, images in splits.parts.items():
         if target == "class":

@@ -18,7 +18,7 @@ from snella_app.text import listed
 
 BINARY_CLASSES = ["background", "foreground"]
 MASK_STRATA = ["image with a mask"]
-"""Single stratum of images with masks."""
+"""Names of the strata of images with masks. There is only one, so splits are not stratified."""
 _LAYOUT = "the expected layout is images/NAME.jpg and masks/NAME.png, or train, val and test folders with both"
 _CLASS_FILE = "classes.txt"
 _MAX_LABELS = 256
@@ -41,7 +41,7 @@ class _PairCheck:
         metadata: Metadata of the upright image.
         mask_size: Width and height of the mask.
         labels: Labels that occur in the mask.
-        is_thresholded: True if the mask has a lossy format.
+        is_thresholded: True if the mask is in a lossy format and was thresholded.
     """
 
     metadata: ImageMetadata
@@ -54,13 +54,14 @@ def load_masks(path: str, config: DataConfig, target: TargetKind) -> Collection:
     """Load a folder of images and masks, paired by file stem.
 
     Mask values are class indices: palette indices or gray values 0, 1, 2 … without gaps, where 0 is the background.
-    Masks of 0 and 255 are binary. JPEG, WebP and AVIF masks are thresholded at 128. An optional `classes.txt` lists the
-    class names, one per line, background first, and may include absent classes. Every file is decoded once.
+    If all masks contain only 0 and 255, they are binary. JPEG, WebP and AVIF masks are thresholded at 128. An optional
+    `classes.txt` lists the class names, one per line, background first, and may include absent classes. Every file is
+    decoded once.
     """
     root = existing_folder(path, "masks", "with images/ and masks/ inside")
-    inside = [folder for folder in root.iterdir() if folder.is_dir() and folder.name.lower() in PARTS]
+    split_folders = [folder for folder in root.iterdir() if folder.is_dir() and folder.name.lower() in PARTS]
     named: dict[str, Path] = {}
-    for folder in sorted(inside):
+    for folder in sorted(split_folders):
         if (other := named.setdefault(PARTS[folder.name.lower()], folder)) is not folder:
             raise ValueError(f"folder '{root}' has two splits of the same kind: {other.name!r} and {folder.name!r}")
     has_parts = "train" in named and (named["train"] / "images").is_dir()
@@ -88,7 +89,7 @@ def collect_masks(
     """Decode all pairs once and build a collection.
 
     Args:
-        spec: Specification as the user typed it, for messages.
+        spec: Data specification, for messages.
         root: Folder to which the names of images and masks are relative.
         pairs: Pairs by split.
         errors: Errors found so far. Further errors are appended.
@@ -96,8 +97,8 @@ def collect_masks(
         skip_corrupt: Skip unreadable pairs with a note.
 
     Raises:
-        ValueError: If there are earlier errors, unreadable pairs without `skip_corrupt`, different sizes, labels out of
-            range, a split without readable pairs, or only one label.
+        ValueError: If there are earlier errors, unreadable pairs without `skip_corrupt`, masks of a different size than
+            their images, labels out of range, a split without readable pairs, or only one label.
     """
     all_pairs = [pair for split_pairs in pairs.values() for pair in split_pairs]
     checks = dict(zip(all_pairs, decode_all(_check_pair, all_pairs), strict=True))
@@ -165,7 +166,7 @@ def collect_masks(
 
 
 def find_pairs(folder: Path, root: Path, errors: list[str]) -> list[MaskPair]:
-    """Pair the images and masks of one split by name, and append missing and duplicate files to `errors`."""
+    """Pair the images and masks of one split by name, and report missing and duplicate files in `errors`."""
     where = "" if folder == root else f" in {folder.relative_to(root)}"
     by_kind = {kind: _files(folder / kind, root, errors) for kind in ("images", "masks")}
     images, masks = by_kind["images"], by_kind["masks"]
@@ -184,7 +185,7 @@ def find_pairs(folder: Path, root: Path, errors: list[str]) -> list[MaskPair]:
 
 
 def _files(folder: Path, root: Path, errors: list[str]) -> dict[str, Path]:
-    """Return the image files of a folder by name without suffix, and append duplicate names to `errors`."""
+    """Return the image files of a folder by name without suffix, and report duplicate names in `errors`."""
     if not folder.is_dir():
         return {}
     files: dict[str, Path] = {}
@@ -255,8 +256,8 @@ def load_kvasir(path: str, config: DataConfig, target: TargetKind) -> Collection
     """Load Kvasir-SEG in the authors' layout: `images/NAME.jpg`, `masks/NAME.jpg` (thresholded at 128).
 
     The official split is in `train.txt` (880 names) and `val.txt` (120 names), one name per line. `val.txt` is the test
-    split; validation images are split off from the training images. Without these files, the first 12% of the names,
-    ordered by SHA-256 (120 of 1,000), form a reproducible but unofficial test split.
+    split; validation images are split off from the training images. Without these files, the first 12% of the names
+    (120 of 1,000), ordered by SHA-256, form a reproducible but unofficial test split.
     """
     root = existing_folder(path, "kvasir", "with images/ and masks/ inside")
     errors: list[str] = []
@@ -285,7 +286,7 @@ def load_kvasir(path: str, config: DataConfig, target: TargetKind) -> Collection
 
 
 def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -> dict[str, list[str]] | None:
-    """Return training and test names from the split files, or None if neither file exists."""
+    """Return training and test names from the split files, or None if neither exists; report problems in `errors`."""
     files = {part: root / name for part, name in _SPLIT_FILES.items()}
     present = [file for file in files.values() if file.is_file()]
     if not present:
@@ -312,5 +313,5 @@ def _official_split(root: Path, pairs: dict[str, MaskPair], errors: list[str]) -
 
 
 def _names(file: Path) -> list[str]:
-    """Read the names in a split file, without folders and suffixes."""
+    """Read the unique names in a split file, without folders and suffixes."""
     return list(dict.fromkeys(Path(line).stem for line in _lines(file)))

@@ -1,4 +1,4 @@
-"""Data section of a configuration, and decoding options. Imports no torch, so that `--help` stays fast."""
+"""Data section of a configuration, and decoding options. Does not import torch, so that `--help` stays fast."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -118,7 +118,7 @@ class DataConfig(Config):
 
     @property
     def sizes(self) -> dict[str, int | None]:
-        """Number of images by split; None for all."""
+        """Configured number of images by split; None for all."""
         return {"train": self.train_size, "val": self.val_size, "test": self.test_size}
 
     @property
@@ -167,7 +167,7 @@ class DataConfig(Config):
         return errors
 
     def _mask_errors(self) -> list[str]:
-        """Return the errors of settings that do not support masks."""
+        """Return errors about settings that do not support masks."""
         errors = [] if self.channels == 3 else [f"channels must be 3 with task 'segmentation', got {self.channels}"]
         given = {name: getattr(self, name) for name in ("mixup", "cutmix", "random_erasing")}
         errors += [f"{name} does not support masks, got {value}" for name, value in given.items() if value]

@@ -15,7 +15,7 @@ from snella_app.data.load import DataSplits
 from snella_app.records.run import renamed
 
 _OFFICIAL_INTERVAL = 10
-"""Epochs between evaluations, and number of last epochs that are all evaluated, in the authors' scripts."""
+"""Number of epochs between evaluations, and of final epochs that are all evaluated, in the authors' scripts."""
 _OFFICIAL_CROP_PCT = 0.875
 """Fraction of the shorter side of the resized image that the center crop keeps."""
 
@@ -53,7 +53,7 @@ class RunProtocol:
     def selection_score(
         self, row: Mapping[str, Any], task_score: Callable[[Mapping[str, Any]], tuple[float, float]]
     ) -> tuple[float, float]:
-        """Return the selection score of an epoch, which is 0 without a selection split.
+        """Return the selection score of an epoch, which is (0, 0) without a selection split.
 
         Epochs that were not evaluated score negative infinity.
 
@@ -69,7 +69,7 @@ class RunProtocol:
         return task_score(self.with_val_prefix(row))
 
     def best_metric(self, monitor: str) -> str:
-        """Return the name of the history entry of the monitored metric, or `last_epoch` without selection."""
+        """Return the monitored metric's name in the history, or `last_epoch` if no epoch is selected."""
         return "last_epoch" if self.selected_on is None else f"{self.selected_on}_{monitor}"
 
     def with_split_prefix(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +102,9 @@ class RunProtocol:
 PROTOCOLS: dict[str, RunProtocol] = {
     protocol.name: protocol
     for protocol in (
-        RunProtocol("standard", "val", "the model is selected on validation; the test images are evaluated once"),
+        RunProtocol(
+            "standard", "val", "the model is selected on validation images; the test images are evaluated once"
+        ),
         RunProtocol(
             "final",
             None,

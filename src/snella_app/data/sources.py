@@ -183,7 +183,7 @@ class FileMasks(FileImages):
 
 
 class JoinedSource:
-    """Concatenation of two sources at a row boundary."""
+    """Concatenation of two sources. Rows from `boundary` on belong to the second."""
 
     def __init__(self, first: ImageSource, second: ImageSource, boundary: int) -> None:
         self.first = first
@@ -202,7 +202,7 @@ class JoinedSource:
 
 
 def locate(source: ImageSource, row: int) -> tuple[ImageSource, int]:
-    """Return the source inside joined sources that contains a row, and the position of the row in it."""
+    """Return the innermost source that contains a row of joined sources, and the row's position in that source."""
     while isinstance(source, JoinedSource):
         if row < source.boundary:
             source = source.first
@@ -220,7 +220,7 @@ def at_side(source: ImageSource, side: int | None) -> ImageSource:
 
 
 def broken_images(paths: Sequence[Path]) -> dict[int, str]:
-    """Decode every file once and return the reason for each broken file by position."""
+    """Decode every file once and return the reason for each broken file, by position."""
     return broken_rows(FileImages(paths), range(len(paths)))
 
 
@@ -238,14 +238,14 @@ def broken_rows(source: CachedImages, rows: Sequence[int]) -> dict[int, str]:
 
 
 def decode_all(decode: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-    """Apply a decoding function to all items in threads, with the progress bar of `show_reading`."""
+    """Apply a decoding function to all items in threads, with a progress bar inside `show_reading`."""
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
         return list(track_progress(threads.map(decode, items), "reading images", len(items), _CONSOLE.get()))
 
 
 @contextmanager
 def show_reading(console: "Console | None") -> Iterator[None]:
-    """Show a transient progress bar while `decode_all` runs, if the console is a terminal."""
+    """Make `decode_all` show a transient progress bar in this context if the console is a terminal."""
     token = _CONSOLE.set(console)
     try:
         yield

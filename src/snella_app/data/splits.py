@@ -1,4 +1,7 @@
-"""Stratified, seeded splits of labeled images, which may form groups that stay together."""
+"""Stratified, seeded splits of labeled images, which may form groups that stay together.
+
+Splits are stratified by class. Data without classes has strata instead, e.g. ranges of a number.
+"""
 
 import warnings
 from collections import Counter
@@ -10,7 +13,7 @@ import numpy as np
 from snella_app.text import listed
 
 _MAX_FOLDS = 20
-"""Maximum number of folds from which `grouped_split` combines a split."""
+"""Maximum number of folds from which `grouped_split` composes a split."""
 
 
 def stratified_split(
@@ -54,7 +57,7 @@ def stratified_split(
 def merge_strata(labels: Sequence[int], names: Sequence[str], minimum: int) -> tuple[list[int], list[str]]:
     """Merge strata with fewer than `minimum` images.
 
-    If they are still too small together, they join the largest stratum.
+    If they are still too small together, they join the largest of the other strata, if there is one.
 
     Returns:
         New labels, and the names of the new strata.
@@ -83,7 +86,7 @@ def grouped_split(
     part: str = "val",
     keeps_classes: bool = True,
 ) -> tuple[list[int], list[int]]:
-    """Split off groups with approximately a fraction of the images, stratified by class.
+    """Split off groups that contain approximately a fraction of the images, stratified by class.
 
     scikit-learn's `StratifiedGroupKFold` creates folds, and the number of selected folds approximates the fraction. If
     `keeps_classes`, each class keeps at least one group for training: a class's only group is never selected, and if
@@ -105,7 +108,7 @@ def grouped_split(
     num_groups = len({groups[position] for position in free})
     if num_groups < 2:
         raise ValueError(
-            f"creating a '{part}' split requires at least two groups, excluding a class's only group, "
+            f"creating a '{part}' split requires at least two groups, not counting the only group of a class, "
             f"got {num_groups} of {len(set(groups))}. Add a split column, or disable groups with --columns group=none"
         )
     strata = np.asarray(labels)[free]
@@ -183,7 +186,7 @@ def stratified_sample(
 
 
 def _quotas(counts: np.ndarray, total: int, reserve: int) -> np.ndarray:
-    """Apportion `total` by class size, with an exact sum, by largest remainders.
+    """Apportion exactly `total` images in proportion to class sizes, by largest remainders.
 
     Each present class gets at least one image, and `reserve` images of each class are left.
     """
@@ -199,7 +202,7 @@ def _quotas(counts: np.ndarray, total: int, reserve: int) -> np.ndarray:
 
 
 def _sample(labels: Sequence[int], quotas: np.ndarray, seed: int) -> list[int]:
-    """Return randomly drawn positions of each class, ascending."""
+    """Draw `quotas` positions of each class at random and return all of them, ascending."""
     generator = np.random.RandomState(seed)
     labels_array = np.asarray(labels)
     selected: list[int] = []

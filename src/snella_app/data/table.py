@@ -22,7 +22,7 @@ def load_table(path: str, config: DataConfig, target: TargetKind, *, kind: str) 
     """Load the images listed in a table.
 
     `kind` is csv or parquet. A CSV file has a header and is separated by commas, semicolons or tabs. Paths are relative
-    to the table's folder or `root=FOLDER`.
+    to the table's folder or to `root=FOLDER`.
     """
     table, file = read_table(path, kind)
     where = f"{kind}:{path}"
@@ -76,23 +76,23 @@ def read_table(path: str, kind: str) -> tuple[dict[str, list[Any]], Path]:
 
 
 def outside_reason(path: Path, roots: Sequence[Path]) -> str:
-    """Return why a row may not reference a file, or an empty text for files below a root. Links are resolved first."""
+    """Return why a row may not reference a file, or an empty string if it is below a root. Links are resolved."""
     try:
         resolved = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # e.g. a link cycle or a NUL byte
         return f"no such file: {error}"
     if any(resolved.is_relative_to(root.resolve()) for root in roots):
         return ""
-    return f"{str(resolved)!r} is outside {str(roots[0])!r}; allow another folder with --columns root=FOLDER"
+    return f"{str(resolved)!r} is outside {str(roots[0])!r}; allow a different folder with --columns root=FOLDER"
 
 
 def table_paths(path: str | Path, columns: Columns, kind: str | None = None) -> list[Path]:
-    """Return the image files listed in a table, in order.
+    """Return the image files listed in a table, in order. Rows without a path are left out.
 
     Args:
         path: CSV or Parquet file. A relative path gives relative image paths.
         columns: Column roles.
-        kind: csv or parquet, or None to select it by the suffix.
+        kind: csv or parquet, or None to decide by the suffix.
 
     Raises:
         FileNotFoundError: If the table does not exist.

@@ -17,7 +17,7 @@ _CROP_SCALES = {
     "imagenet": (0.08, 1.0),
     **dict.fromkeys(("crop", "crop-no-flip", "randaugment", "trivialaugment", "3augment"), (0.5, 1.0)),
 }
-"""Range of the fraction of the image area to crop, by augmentation with random crops."""
+"""Range of the fraction of the image area that a random crop keeps, by augmentation."""
 _COLOR_JITTER = 0.4
 _COLOR_JITTER_3AUGMENT = 0.3
 _BLUR_KERNEL = 9

@@ -1,6 +1,6 @@
 """Fine-tuning methods by name: `build_method("snella-8", model)`.
 
-Public names are imported on first use, so that help can read `defaults` without importing torch or PEFT.
+Public names are imported on first use, so that help texts can use `defaults` without importing torch or PEFT.
 """
 
 import importlib

@@ -7,9 +7,9 @@ DEFAULT_METHOD = "snella"
 RECIPE_METHOD = "snella"
 """Default method of `snella dreambooth` and `snella language`."""
 PROBE_METHOD = "linear"
-"""Linear probe: baseline of reports, and source of the features of a frozen backbone."""
+"""Linear probe: the baseline in reports, and the source of features of a frozen backbone."""
 REFERENCE_METHOD = "lora"
-"""Reference baseline of comparisons."""
+"""Reference baseline in comparisons."""
 MEMORY_METHODS = ("snella-{r}", "lora-{r}", "full")
 """Methods whose memory `snella inspect --backbone` predicts, where `{r}` stands for the rank."""
 CHOICE_METHODS = ("linear", "bias", "lora-8", "snella-matched")
@@ -37,7 +37,7 @@ _SCRIPTS: dict[str, Any] = {
     "head_init": "random",
     "final_head": "trained",
 }
-"""Settings common to both presets, as in the released scripts."""
+"""Settings common to both presets, as in the authors' released scripts."""
 TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "paper": {**_SCRIPTS, "method_options": {"preset": "paper"}},
     "official": {**_SCRIPTS, "method_options": {"preset": "official"}},
@@ -47,8 +47,8 @@ for classification. The learning rates and epochs come from the authors' release
 PRESET_METHODS = ("snella", "snell")
 """Methods that accept a preset."""
 SPARSE_RECIPES: dict[str, dict[str, Any]] = {
-    # learning rate from section A.8 of arXiv 2510.24037; the paper has no scaling, but 3.0 keeps the update
-    # within a factor of two of the size of LoRA's update (docs/generation.md)
+    # learning rate from section A.8 of arXiv 2510.24037; the paper has no scaling, but with 3.0, the size of the
+    # update is within a factor of two of that of LoRA's update (docs/generation.md)
     "generation": {"lr": 1e-4, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 3.0},
     "language": {"lr": 1e-3, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 10.0},  # untuned
 }

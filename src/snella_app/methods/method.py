@@ -85,8 +85,7 @@ class SelectionData:
 
     Args:
         train: Returns a new iterator over training batches on each call.
-        validation: Returns a new iterator over validation batches on each call. The method `noah`
-            ranks its candidates on them.
+        validation: Returns a new iterator over validation batches on each call, for methods that compare candidates.
         loss: Loss of the task, `(outputs, labels) -> 0-dim tensor`.
         report: Callback for progress messages of a long selection.
         has_class_scores: True if outputs are class scores and labels are class indices. Otherwise, candidates are
@@ -144,7 +143,7 @@ class Method:
             optimizer state includes the schedule state. None if the method has no schedule.
         has_budgets: True if a `BudgetAllocator` assigns budgets (numbers of nonzero entries) to the adapted matrices.
         is_head_only: True if only the head is trained.
-        peft_type: Name in PEFT's method comparison; None stands for the name without the number, in upper case.
+        peft_type: Name in PEFT's method comparison; None stands for the name without the number, in uppercase.
     """
 
     summary: str

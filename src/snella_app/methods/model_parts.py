@@ -108,7 +108,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def recorded_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside the context, append the first input of each call of a module to the yielded list."""
+    """Inside the context, append the first input of each call to a module to the yielded list."""
     inputs_of_calls: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda module, inputs: inputs_of_calls.append(inputs[0]))
     try:

@@ -1,4 +1,4 @@
-"""Methods implemented as PEFT adapters, modules that wrap the adapted layers of a model."""
+"""Methods implemented as PEFT adapters, which wrap the adapted layers of a model."""
 
 import dataclasses
 import re
@@ -72,9 +72,9 @@ def peft_method(
 def _resolve_layers(config: Any, model: nn.Module) -> None:
     """Check `layers_to_transform`, the indices of the blocks to adapt.
 
-    For methods other than SNELLA, the option is replaced: `target_modules` is reduced to the modules in these blocks,
-    because PEFT ignores `layers_to_transform` for full module names. Without `layers_pattern`, PEFT also finds no block
-    index in names without a prefix, such as `blocks.0.attn.qkv`. A block's index is the first number after
+    For adapters other than SNELLA's, the option is replaced: `target_modules` is reduced to the modules in these
+    blocks, because PEFT ignores `layers_to_transform` for full module names. Without `layers_pattern`, PEFT also finds
+    no block index in names without a prefix, such as `blocks.0.attn.qkv`. A block's index is the first number after
     `layers_pattern` or, without a pattern, the first number in its name (in Swin, the stage).
     """
     layers = config.layers_to_transform
@@ -122,7 +122,7 @@ def check_gradients(model: nn.Module, method: str) -> None:
     Some timm models (BEiT, EVA, Swin V2) read a layer's weight instead of calling the layer, bypassing the adapter.
 
     Raises:
-        ValueError: If adapted layers have no gradient.
+        ValueError: If the adapter of a layer has no gradient.
     """
     if not isinstance(model, PeftModel) or isinstance(model.peft_config["default"], SnellaConfig):
         return
@@ -161,7 +161,7 @@ def merge_adapter(model: Any) -> nn.Module:
     """Merge the adapter of a `PeftModel` into the weights and return the backbone.
 
     Raises:
-        ValueError: If an adapted layer standardizes its weight, because the merged update would be standardized too.
+        ValueError: If an adapted layer standardizes its weight, because the merged update would be standardized, too.
     """
     inner: nn.Module = model.base_model.model
     layers = [
@@ -209,11 +209,12 @@ SNELLA = peft_method(
     has_budgets=True,
     optimizer=create_snella_optimizer,
 )
-"""SNELLA: trains the factors `A` and `B` and the scalars of every matrix, and the head.
+"""SNELLA: trains the factors `A` and `B` and the scalars of every adapted matrix, and the head.
 
     W = W0 + scaling · S    S[i, j] = ΔW[i, j] · max(|ΔW[i, j]| − t, 0)    ΔW[i, j] = κ(A[j], B[i])
 
-κ is Mix-K by default. The threshold `t` keeps as many entries as the matrix's budget allows; see docs/method.md.
+The kernel κ is Mix-K by default. The threshold `t` keeps as many entries as the matrix's budget allows. See
+docs/method.md.
 """
 
 SNELLA_MATCHED = peft_method(
@@ -457,7 +458,7 @@ def _from_peft(
 def _layer_norms(model: nn.Module, head: str) -> str:
     """Return a regular expression for the LayerNorm modules outside the head.
 
-    Names in a list would not do, because PEFT also matches them as suffixes of other names.
+    A list of names would not work, because PEFT also matches names as suffixes of other names.
     """
     names = [
         name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm) and not is_inside(name, head)

@@ -108,8 +108,8 @@ def build_method(
         The model to train: `model`, or a `PeftModel` around it.
 
     Raises:
-        ValueError: If the name, an option, or a value is invalid, the number contradicts an option, the method does not
-            support the model, or required data is missing.
+        ValueError: If the name, an option, or a value is invalid; if the number contradicts an option; if the method
+            does not support the model; or if required data is missing.
         TypeError: If the method requires `batches` and the argument is not callable.
     """
     options = check_method(name, options)
@@ -171,7 +171,7 @@ def check_method(name: str, options: Options) -> Options:
         The options, including the number in the name.
 
     Raises:
-        ValueError: If the name, an option, or a value is invalid, or the number contradicts an option.
+        ValueError: If the name, an option, or a value is invalid, or if the number contradicts an option.
     """
     family, number = parse_method(name)
     method = METHODS[family]

@@ -187,7 +187,7 @@ def _trained_tensors(model: nn.Module) -> tuple[dict[str, Tensor], str]:
 def _check_fits(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
     """Check that tensors have the names and shapes of the model's `targets`, and are finite where `targets` are.
 
-    Some tensors of a model, such as buffers with masks, contain `-inf`.
+    Some tensors of a model, such as attention masks in buffers, contain `-inf`.
     """
     common = [name for name in targets if name in tensors]
     shapes = {name: (list(tensors[name].shape), list(targets[name].shape)) for name in common}

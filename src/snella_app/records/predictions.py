@@ -54,7 +54,7 @@ class StoredPrediction:
 
 
 MAX_PREDICTIONS = 5_000
-"""Maximum size of a split whose predictions are stored. A larger split could take hundreds of megabytes."""
+"""Maximum size of a split whose predictions are stored. Those of a larger split could take hundreds of megabytes."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class NumberPredictions(SplitPredictions):
 
 @dataclass(frozen=True)
 class StoredMaskPrediction:
-    """Segmentation scores of one image, which are NaN if no foreground class is present or predicted.
+    """Segmentation scores of one image. They are NaN if no foreground class is present or predicted.
 
     `mask` is the path of the predicted mask in the run folder, or None if the mask is not stored.
     """

@@ -73,7 +73,7 @@ def plain(value: Any) -> Any:
 
 
 def write(record: Record, folder: str | Path) -> Path:
-    """Atomically write a record to a run folder and return the file."""
+    """Atomically write a record to a run folder and return the path of the file."""
     file = Path(folder) / record.file
     values = plain(record)
     write_json(file, sealed(values) if record.is_sealed else values)

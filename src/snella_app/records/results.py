@@ -238,7 +238,7 @@ class NumberScores:
 class RegressionScores(_Result):
     """Regression scores on one split.
 
-    `mae`, `rmse`, and `r2` are means over targets. Targets can have different units, so `text` and `rows` report the
+    `mae`, `rmse`, and `r2` are means over targets. Targets can have different units, so `text` and `rows` report
     errors by target and average only R².
     """
 

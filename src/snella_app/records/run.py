@@ -1,8 +1,8 @@
 """Records of a run: `run.json`, `metrics.json`, `allocation.json`, `folds.json`.
 
 A run saves the adapter of its best epoch, selected by a score on the validation or test images, or the adapter of its
-last epoch if no epoch is selected. It can also save an average of epochs instead. The budget of a matrix is the number
-of weights that its update may change.
+last epoch if no epoch is selected. Alternatively, it can save an average of epochs. The budget of a matrix is the
+number of weights that its update may change.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class BackboneInfo:
     Attributes:
         name: Value of `--backbone`, or the name of a generator's pipeline or of a language model.
         weights: Weight file, if not part of the name.
-        pretrained: True for pre-trained weights. None for generators. The same holds for `num_classes` and
-            `seed`.
+        pretrained: True for pre-trained weights. For image generators and language models, `pretrained`, `num_classes`,
+            and `seed` are None.
         img_size: Requested input resolution in pixels.
         num_classes: Number of outputs of the head.
         seed: Seed of newly initialized weights.
@@ -71,7 +71,7 @@ class DataInfo:
         contents: SHA-256 of the images and masks that the run read, by split. For language runs, SHA-256 of the
             template, under `template`. Empty for image generators.
         folder: Absolute path, or None for data without a folder.
-        fold_part: Split that is a fold of a cross-validation, or None without cross-validation.
+        fold_part: Split that is a cross-validation fold, or None without cross-validation.
         white: Value of 16-bit images that maps to white, if given.
         read_side: Minimum shorter side of images that are decoded at a reduced resolution. None for images with masks,
             which are decoded at full resolution.
@@ -145,7 +145,7 @@ class Calibration:
         temperature: Divisor of the logits; above 1 for an overconfident model.
         threshold: Lowest confidence such that validation images at or above it have at most half the overall error
             rate. None if there is no such threshold or no error.
-        coverage: Fraction of validation images whose probability reaches the threshold, or 1 without a threshold.
+        coverage: Fraction of validation images whose confidence reaches the threshold, or 1 without a threshold.
         accuracy: Accuracy on these images.
         reliability: Calibration on validation and, if present, test images.
     """
@@ -429,8 +429,8 @@ class MatrixInfo:
 class AllocationStep:
     """Allocation after optimizer step `step`, at time `t` of a schedule of `total` epochs or steps.
 
-    `budget` is the overall budget; `budgets` and `importance` are by matrix name. The allocator distributes the
-    budget by importance.
+    `budget` is the overall budget; `budgets` and `importance` are by matrix name. By default, the allocator
+    distributes the budget by importance.
     """
 
     step: int

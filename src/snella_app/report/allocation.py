@@ -1,8 +1,8 @@
 """Figures of the weight budget: final allocation, history, and importance.
 
 The budget of a matrix is the number of entries of its update that can be nonzero, and its sparsity is the fraction of
-the remaining entries. A matrix with budget 0 is frozen. By default, the total budget is distributed
-among the matrices by importance.
+entries that must be zero. A matrix with budget 0 is frozen. By default, the total budget is distributed among the
+matrices by importance.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def adapter_step(allocation: Allocation, metrics: Metrics | None) -> AllocationS
 def sparsity_map(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> Figure:
     """Draw the sparsity of each matrix by block (x) and type (y). A cross marks frozen matrices.
 
-    sparsity = 1 - budget / size, in percent. Stronger colors mean more changed weights.
+    sparsity = 1 - budget / size, in percent. Stronger colors mean lower sparsity.
     """
     grid = group_matrices(matrices, budgets)
     columns, rows = len(grid.depths), len(grid.kinds)
@@ -235,7 +235,7 @@ def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> F
     names = dict(enumerate(map(str, depths)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), "")))
     percent_axis(axes)
-    labels = ["fraction of unchanged weights", f"trend, {points_text(slope, 2)} points per block"]
+    labels = ["unchanged weights", f"trend, {points_text(slope, 2)} percentage points per block"]
     add_legend(figure, [bars, line], labels)  # type: ignore[list-item]
     return figure
 

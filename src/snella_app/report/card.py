@@ -43,8 +43,8 @@ def model_card(
         name: Name of the model. If None, it is derived from the method and the data.
         library: Library that loads the model: timm, peft, transformers, or snella.
         tags: Tags in addition to the task and `snella`.
-        has_final_head: False if `use` loads only the trained head. The metadata then omits the results of a final head
-            on several layers, and the text says which head they belong to.
+        has_final_head: False if `use` loads only the trained head. Results of a final head (fitted to the features of
+            several layers) are then omitted from the metadata, and the text says which head they belong to.
 
     Returns:
         Markdown.
@@ -62,7 +62,7 @@ def model_card(
     unused_head = None if metrics is None or has_final_head else metrics.final_head
     if metrics is not None and unused_head is not None and unused_head.is_saved:
         note = f"These are the results in snella, with the {unused_head.name}. The code above uses the trained head"
-        # if the last epoch is saved, the stored score belongs to a different epoch, the best one
+        # if the last epoch is saved instead of the best one, `val_trained` is still the score of the best one
         if unused_head.metric is not None and not metrics.replaces_best_epoch:
             metric = unused_head.metric.replace("_", " ")
             note += f", whose validation {metric} is {unused_head.val_trained:.4f}"
@@ -96,7 +96,7 @@ def model_card(
 
 
 def _base_model(info: RunInfo) -> str | None:
-    """Return the Hub ID of the timm weights, e.g. `timm/resnet18.a1_in1k`, or None for weights outside the Hub."""
+    """Return the Hub ID of the backbone's timm weights, e.g. `timm/resnet18.a1_in1k`, or None if it is unknown."""
     from timm.models import get_pretrained_cfg, is_model_pretrained
 
     backbone = info.backbone

@@ -18,7 +18,7 @@ from snella_app.records.predictions import StoredPrediction
 _OPACITY = 0.45
 """Opacity of a mask inside its outline."""
 _TINTS = (0.0, 0.5, 0.75)
-"""Shares of white in the palette and its lighter versions, after which the colors repeat."""
+"""Fraction of white mixed into each version of the palette, the original first. After that, colors repeat."""
 _GAP = 4
 """Space between the panels of `overlay_panels`, in pixels."""
 _MAX_SIDE = 260
@@ -113,7 +113,7 @@ def choose_examples(
 
 
 def embed_image(index: int, images: ImageLoader | None, max_side: int = 176) -> EmbeddedImage:
-    """Load an image by its index and encode it. If it cannot be read, `problem` states the reason."""
+    """Load an image by its index and encode it. If it is unavailable or unreadable, `problem` states the reason."""
     try:
         image = None if images is None else images(index)
     except DECODING_ERRORS as error:
@@ -126,7 +126,7 @@ def embed_image(index: int, images: ImageLoader | None, max_side: int = 176) -> 
 def image_data_uri(image: Image.Image, max_side: int = 176) -> tuple[str, int, int]:
     """Return an image as a PNG data URI of at most `max_side` pixels per side, with its width and height.
 
-    Smaller images keep their size. The report enlarges images smaller than 96 px without smoothing.
+    Smaller images keep their size. Except for heat maps, the report enlarges images below 96 px without smoothing.
     """
     has_transparency = "A" in image.getbands() or "transparency" in image.info
     image = image.convert("RGBA" if has_transparency else "RGB")

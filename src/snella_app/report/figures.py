@@ -50,7 +50,7 @@ _SQUARE = (FIGURE_SIZE[1], FIGURE_SIZE[1])
 
 
 def loss_curves(metrics: Metrics) -> Figure:
-    """Draw the training loss by epoch, and the loss on the images used for epoch selection."""
+    """Draw the training loss by epoch, and the loss on the images used for epoch selection, if any."""
     lines = [("training", "train_loss", WARM)]
     if metrics.selected_on is not None:
         lines.append((metrics.selection, "val_loss", ACCENT))
@@ -216,7 +216,10 @@ def _bar_axes(rows: Sequence[MethodResult], title: str) -> tuple[Figure, Axes]:
 
 
 def curves_section(metrics: Metrics) -> list[Markup]:
-    """Return curves over the epochs: the loss, and the first score of `_SCORE_CURVES` that was measured."""
+    """Return curves over the epochs: the loss and, if an epoch was selected, one entry of `_SCORE_CURVES`.
+
+    This is the first entry that was measured, but `r2` for regression with several targets.
+    """
     if not metrics.history:
         return []
     last = metrics.history[-1]
@@ -275,7 +278,7 @@ def confusion_section(info: RunInfo, metrics: Metrics) -> dict[str, Any] | None:
 
 
 def _confused_pairs(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
-    """Return the most frequently confused pairs of classes with their numbers of images."""
+    """Return the most frequently confused pairs of classes, with image counts."""
     pairs: list[dict[str, Any]] = [
         {"label": info.classes[i], "predicted": info.classes[j], "count": count, "images": sum(row)}
         for i, row in enumerate(scores.confusion)
@@ -299,9 +302,9 @@ def _class_rows(info: RunInfo, scores: Scores) -> list[dict[str, Any]]:
 
 
 def calibration_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
-    """Return reliability and coverage curves of a calibrated run.
+    """Return the reliability curve of a calibrated run and, for validation predictions, the coverage curve.
 
-    `predictions` are the stored predictions, which are not yet scaled with the temperature.
+    `predictions` are the stored predictions, to which the temperature has not been applied.
     """
     calibration = info.calibration
     if calibration is None or not calibration.reliability:
@@ -381,9 +384,9 @@ def reliability_curve(reliability: Reliability) -> Figure:
 
 
 def coverage_curve(predictions: Predictions, calibration: Calibration) -> Figure:
-    """Draw the accuracy of the most confident predictions against coverage, and mark the suggested threshold.
+    """Draw the accuracy of the most confident predictions against coverage, and mark any suggested threshold.
 
-    Coverage is the fraction of images that are kept, starting with the most confident prediction.
+    Coverage is the fraction of images that are kept when the least confident predictions are dropped first.
     """
     figure, axes = new_figure(*_SQUARE, "Coverage on validation")
     ranked = sorted(predictions.items, key=lambda item: -item.probability)

@@ -60,7 +60,7 @@ class AdapterFile:
 
 
 def read_adapter(run: str | Path) -> AdapterFile | None:
-    """Read the header and configuration of the adapter file, or return None if no adapter has been saved yet.
+    """Read the header and configuration of the adapter file, or return None if the run has no adapter file.
 
     Raises:
         ValueError: If a file is damaged.
@@ -91,7 +91,7 @@ def read_adapter(run: str | Path) -> AdapterFile | None:
 
 
 def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[str, int]:
-    """Return the budgets stored in the adapter by matrix name. The result is empty for methods without budgets.
+    """Return the budgets in the adapter file, keyed by matrix name. The result is empty for methods without budgets.
 
     A fused layer contains several matrices, and its tensor `snella_budget` has one entry for each of them, in order.
 
@@ -122,7 +122,7 @@ def saved_budgets(adapter: AdapterFile, matrices: Sequence[MatrixInfo]) -> dict[
 
 
 def current_budgets(adapter: AdapterFile | None, allocation: Allocation | None) -> dict[str, int]:
-    """Return the budget of each matrix by name, from the saved adapter if it has budgets, or from `allocation.json`."""
+    """Return the budget of each matrix by name, from the adapter if it has budgets, or else from `allocation.json`."""
     if allocation is None:
         return {}
     saved = {} if adapter is None else saved_budgets(adapter, allocation.matrices)

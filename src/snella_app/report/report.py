@@ -85,7 +85,7 @@ Fact = tuple[str, str, str]
 
 
 def results_section(metrics: Metrics, marks: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """Return the main score, its scale, the other scores, and facts about the adapter.
+    """Return the main score, the scale that it is drawn on, the other scores, and facts about the adapter.
 
     The main score is from the test split, or from the validation split if there is no test split.
 
@@ -163,10 +163,10 @@ def _saved_epoch(metrics: Metrics) -> str:
 
 
 def groups_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] | None:
-    """Return the accuracy of each group of images (patient, site, video), lowest first.
+    """Return the accuracy of each group of images (such as a patient, site, or video), lowest first.
 
-    Returns None for fewer than two groups. If there are more than 30 groups, only the 30 lowest are listed. Groups
-    without wrong predictions are then omitted as well, unless no group has wrong predictions.
+    Returns None for fewer than two groups. If there are more than 30 groups, only the 30 with the lowest accuracy are
+    listed. Groups without wrong predictions are then omitted as well, unless no group has wrong predictions.
     """
     by_group: dict[str, list[StoredPrediction]] = {}
     for item in predictions.items:
@@ -222,7 +222,7 @@ def _most_frequent(scores: Scores) -> tuple[int, float]:
 
 
 def verdict_text(info: RunInfo, metrics: Metrics) -> str:
-    """Describe how the result compares with a baseline. The text is empty for segmentation, and without scores."""
+    """Compare the result with a baseline, in words. The text is empty for segmentation or if there are no scores."""
     split, scores = metrics.measured
     if isinstance(scores, LabelSetScores):
         return targets.label_set_verdict(scores, split)
@@ -341,14 +341,14 @@ def allocation_section(
 
 
 def _class_predictions(folder: Path, info: RunInfo) -> Predictions:
-    """Return the stored class predictions of a run, which are empty for other tasks or if none are stored."""
+    """Return the stored class predictions of a run, or empty predictions if it has none."""
     is_classifier = info.task in ("classification", "ordinal")
     predictions = read_if_present(Predictions, folder) if is_classifier else None
     return Predictions(items=[]) if predictions is None else predictions.for_classes(len(info.classes))
 
 
 def examples_section(info: RunInfo, predictions: Predictions, images: ImageLoader | None) -> dict[str, Any] | None:
-    """Return sample images with calibrated predictions, as in `snella predict`, or None if none are stored."""
+    """Return sample images with calibrated predictions, as in `snella predict`, or None if there are no predictions."""
     if not predictions.items:
         return None
     if info.calibration is not None:
@@ -563,11 +563,11 @@ def write_page(folder: Path, package: str, context: Mapping[str, Any], name: str
     page = environment.from_string(template).render(
         context, style=Markup(style), script=Markup(script), script_digest=digest
     )
-    # names of files that are not UTF-8 contain surrogates, which cannot be encoded
+    # file names that are not valid UTF-8 contain surrogates, which cannot be encoded
     write_bytes(folder / name, page.encode("utf-8", "backslashreplace"))
     return folder / name
 
 
 def breakable(text: str) -> Markup:
-    """Insert line-break opportunities after `:`, `/`, `_` and `.`."""
+    """Insert line-break opportunities after `:`, `/`, `_`, and `.`."""
     return Markup(re.sub(r"([:/_.])", r"\1<wbr>", str(escape(text))))

@@ -146,7 +146,7 @@ def signed_map() -> ListedColormap:
 
 
 def scale_bar(figure: Figure, axes: Axes, label: str, ticks: dict[float, str]) -> None:
-    """Draw the accent color scale below the axes with labels `ticks` for values in [0, 1]."""
+    """Draw the accent color scale below the axes; `ticks` maps values in [0, 1] to their labels."""
     width, height = figure.get_size_inches() * 72
     shrink = min(0.5, 260 / width)
     bar = figure.colorbar(
@@ -170,7 +170,7 @@ def text_on(share: float) -> str:
 
 
 def shortened(text: str, length: int = 18) -> str:
-    """Shorten a label in the middle to `length` characters, and replace line breaks and unprintable characters."""
+    """Cut the middle of a label longer than `length` characters; replace line breaks and unprintable characters."""
     text = " ".join(text.split())
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
     if len(text) > length:
@@ -182,11 +182,11 @@ def shortened(text: str, length: int = 18) -> str:
 def inline_svg(figure: Figure, name: str, description: str) -> Markup:
     """Return a figure as an `<svg>` element for an HTML page, with escaped text.
 
-    Text uses the font of the page. Colors follow the CSS variables `--ink`, `--muted`, `--line` and `--panel`.
+    Text uses the font of the page. Colors follow the CSS variables `--ink`, `--muted`, `--line`, and `--panel`.
 
     Args:
         figure: Figure to convert.
-        name: Prefix of all ids. It must be unique on the page and consist of letters, digits, and hyphens.
+        name: Prefix of all IDs. It must be unique on the page and consist of letters, digits, and hyphens.
         description: Alternative text.
     """
     out = io.StringIO()
@@ -199,7 +199,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
     referenced_ids = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
 
     def with_prefix(attribute: re.Match[str]) -> str:
-        """Return the id attribute with the prefix, or an empty string if nothing refers to the id."""
+        """Return the `id` attribute with the prefix, or an empty string if nothing refers to this ID."""
         if attribute[1] not in referenced_ids:
             return ""
         return f' id="{name}-{attribute[1]}"'

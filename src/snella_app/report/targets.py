@@ -43,7 +43,7 @@ _MAX_SIDE = 800  # maximum width and height of an image with masks, in pixels
 _MAX_POINTS = 2_000  # maximum number of points in a scatter plot
 _MAX_RANGES = 5  # maximum number of box plots in a figure
 _MIN_IN_RANGE = 5  # minimum number of images per box plot, on average
-_TINY = 1e-6  # distance of clipped probabilities from 0 and 1, where the cross-entropy can be infinite
+_TINY = 1e-6  # probabilities are kept this far from 0 and 1, where the cross-entropy can be infinite
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def label_set_verdict(scores: LabelSetScores, split: str) -> str:
 
 
 def regression_verdict(scores: RegressionScores, split: str) -> str:
-    """Describe how the result compares with predicting the training median. The text is empty without targets."""
+    """Compare the result with predicting the training median, in words. The text is empty if there are no targets."""
     sentences = []
     for row in scores.per_target:
         reduction = 1 - row.mae / row.baseline_mae if row.baseline_mae else math.nan
@@ -186,7 +186,8 @@ def label_cards(
         return Card(item.name, not is_wrong[row], predicted_text, true_text, embed_image(item.index, images))
 
     num_wrong = sum(is_wrong)
-    note = f"of {len(losses)} images, worst first; {num_wrong} of all images have a wrong or missing predicted label"
+    count = len(losses)
+    note = f"of {count} images, worst first; {num_wrong} of the {count} have a wrong or missing predicted label"
     return _groups(losses, card, note)
 
 

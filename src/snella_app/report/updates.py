@@ -40,7 +40,7 @@ UpdateSource = tuple[dict[str, tuple[int, int]], Callable[[str], Tensor]]
 def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> UpdateSource | None:
     """Return the updates of a SNELLA or LoRA adapter file, or None for other adapters.
 
-    Other adapters include DoRA, LoRA with different ranks or scalings per layer, and LoRA of convolutions. `infos`
+    Other adapters include DoRA, LoRA with different ranks or scalings per layer, and LoRA on convolutions. `infos`
     contains the known matrices by name.
     """
     if any(key.endswith(".snella_A") for key in adapter.shapes):
@@ -49,7 +49,7 @@ def adapter_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
 
 
 def deepest_query(names: Sequence[str]) -> str:
-    """Return the last query projection, or the last matrix if no name is that of a query projection."""
+    """Return the name of the last query projection, or of the last matrix if there is no query projection."""
     queries = [name for name in names if _QUERY.search(name)]
     return (queries or list(names))[-1]
 
@@ -72,20 +72,20 @@ def _snella_updates(adapter: AdapterFile, infos: Mapping[str, MatrixInfo]) -> Up
             shapes[name] = (num_rows, n)
         heights[module] = tuple(part_rows)
     kernel = config.make_kernel()
-    merged: dict[str, list[Tensor]] = {}
+    updates: dict[str, list[Tensor]] = {}
 
     def compute(name: str) -> Tensor:
         module, group = locations[name]
-        if module not in merged:
-            merged.clear()  # keep only one layer: its matrices are computed together and requested in sequence
+        if module not in updates:
+            updates.clear()  # keep only one layer: its matrices are computed together and requested in sequence
             spec = UpdateSpec(kernel, heights[module], config.sparsify_mode, config.scaling)  # type: ignore[arg-type]
             with safe_open(adapter.path, "pt") as file:
                 keys = [f"{_PREFIX}{module}.snella_{part}" for part in _PARTS]
                 values = [file.get_tensor(key) if key in adapter.shapes else None for key in keys]
                 budgets = tuple(file.get_tensor(f"{_PREFIX}{module}.snella_budget").reshape(-1).tolist())
             with torch.no_grad():
-                merged[module] = sparsify_update(Update(spec, Factors(*values), budgets))[0]  # type: ignore[arg-type]
-        return config.scaling * merged[module][group].float()
+                updates[module] = sparsify_update(Update(spec, Factors(*values), budgets))[0]  # type: ignore[arg-type]
+        return config.scaling * updates[module][group].float()
 
     return shapes, compute
 
@@ -97,7 +97,7 @@ def _modules(adapter: AdapterFile, suffix: str) -> list[str]:
 
 
 def _is_plain_lora(adapter: AdapterFile) -> bool:
-    """Return whether every update is `scaling · B A`, with two matrices in the file and the same scaling."""
+    """Return whether every update is `scaling · B A`, with matrices A and B in the file and one common scaling."""
     keys = [key for key in adapter.shapes if ".lora_" in key]
     settings = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
     if not keys or adapter.config.get("peft_type") != "LORA":

@@ -25,7 +25,7 @@ __all__ = ["LoadedRun", "RunFolder", "TaskBank", "load_merged", "load_run"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module of a public name on first use."""
+    """Import a public name from its module."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

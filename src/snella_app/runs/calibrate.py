@@ -28,7 +28,7 @@ def calibrate(measured: Mapping[str, tuple[Tensor, Tensor]]) -> Calibration | No
         measured: Probabilities `[images, classes]` and labels `[images]`, by split.
 
     Returns:
-        The calibration, or None if there are no validation images, because test images must not be used for fitting.
+        The calibration, or None if there are no validation images. Test images must not be used for fitting.
     """
     if "val" not in measured or not len(measured["val"][1]):
         return None
@@ -86,8 +86,8 @@ def expected_calibration_error(bins: list[ReliabilityBin]) -> float:
 def reliability_bins(confidence: Tensor, is_correct: Tensor) -> list[ReliabilityBin]:
     """Group images by confidence into up to 15 bins of about equal size, with at least 12 images each.
 
-    Bins ascend in confidence, and images with equal confidence share a bin. Fewer than 12 images form one bin, and the
-    list is empty if there are no images.
+    Bins ascend in confidence, and images with equal confidence share a bin. If there are fewer than 12 images, they
+    form a single bin; if there are none, the list is empty.
 
     Args:
         confidence: Highest probability of each image, `[images]`, in [0, 1].
@@ -123,8 +123,8 @@ def unsure_threshold(confidence: Tensor, is_correct: Tensor) -> tuple[float | No
         is_correct: True for correct predictions, `[images]`, boolean.
 
     Returns:
-        The threshold, rounded down to six decimals, the fraction of images at or above it, and their accuracy. If there
-        are no errors, or no threshold halves the error rate, returns None, 1, and the accuracy of all images.
+        The threshold (rounded down to six decimals), the fraction of images at or above it, and their accuracy. If
+        there are no errors, or no threshold halves the error rate, returns None, 1, and the accuracy of all images.
     """
     order = confidence.argsort(descending=True, stable=True)
     sorted_confidence = confidence[order]

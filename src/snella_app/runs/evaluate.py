@@ -57,7 +57,7 @@ def rewrite_report(run: str | Path, console: Console | None = None) -> Path:
         Path of the report.
 
     Raises:
-        FileNotFoundError: If `run` is not a run folder.
+        FileNotFoundError: If `run` is not a run folder, or a finished run has no `metrics.json`.
         ValueError: If a file of the run is damaged, or the run has an unsupported task, such as image generation.
     """
     folder = RunFolder(run)
@@ -98,18 +98,18 @@ def evaluate(
         batch_size: Batch size.
         columns: Columns of a table, as for training. None uses the columns of the run.
         skip_corrupt: Skip images that cannot be read.
-        device: Device if `run` is a folder: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
+        device: Device if `run` is a folder: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"`, or `"mps"`.
         console: Console for progress bars; None shows no progress.
 
     Returns:
-        A dictionary with the entries `data`, `split`, `images` (number of images), `notes`, `classes` and `loss`, and
-        the metrics of the task: for classification, `accuracy`, `balanced_accuracy`, `macro_f1`, `confusion` etc.
+        A dictionary with the entries `data`, `split`, `images` (number of images), `notes`, `classes`, and `loss`, and
+        the metrics of the task: for classification, `accuracy`, `balanced_accuracy`, `macro_f1`, `confusion`, etc.
 
     Raises:
         FileNotFoundError: As for `load_run`, or if the data does not exist.
         ValueError: As for `load_run`, or if `batch_size` is less than 1, the data does not fit the task or has an
             unknown class, the split does not exist, an image cannot be read, or files of the run's data were added,
-            removed or replaced.
+            removed, or replaced.
         TypeError: If `data` is neither a specification nor a dataset object.
         ImportError: If the data needs a package that is not installed.
     """
@@ -149,7 +149,7 @@ def _training_note(
         loaded: The run.
         run_splits: Splits of the run's data, or None if different data is evaluated.
         datasets: Evaluated images.
-        split: Evaluated split.
+        split: Evaluated split, or `all`.
     """
     if run_splits is not None and split in ("val", "test") and not isinstance(loaded.model, Ensemble):
         if split == "val" and loaded.probe is not None:
@@ -207,7 +207,7 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
     Args:
         run: Folder of the run; its images must still exist.
         batch_size: Batch size.
-        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
+        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"`, or `"mps"`.
 
     Returns:
         The calibration stored in `run.json`.
@@ -281,7 +281,7 @@ def _spec(loaded: LoadedRun, data: Any) -> str:
 def _load_splits(
     loaded: LoadedRun, data: Any, split: Split, skip_corrupt: bool, columns: str | None
 ) -> tuple[DataSplits, bool]:
-    """Load the splits of the run or of other data, and return whether they are the run's data."""
+    """Load the splits of the run or of other data, and return them with True if they are the run's data."""
     config = loaded.folder.read_config()
     stored = loaded.info.data
     changes: dict[str, Any] = {
@@ -338,7 +338,7 @@ def _resolve_split(split: Split, splits: DataSplits) -> Split:
 
 
 def _split_names(split: Split) -> Collection[str]:
-    """Return the names of the splits in `split`, which may be `all`."""
+    """Return the names of the selected splits: all of them if `split` is `all`."""
     return SPLITS if split == "all" else (split,)
 
 

@@ -38,7 +38,7 @@ HeatMap = Literal["gradcam", "rollout"]
 the class."""
 HEAT_MAPS = "heat_maps"
 """Subfolder of a run for the heat maps of its report, one `INDEX.png` per image."""
-_HEAT_OPACITY = (0.15, 0.65)  # at the values 0 and 1
+_HEAT_OPACITY = (0.15, 0.65)  # opacity at heat 0 and at heat 1
 _NUM_EXAMPLES = 12
 _MAX_CANDIDATES = 2_000
 """Maximum number of training images that are compared to find the nearest ones."""
@@ -77,7 +77,7 @@ def explain(
 ) -> ExplainResult:
     """Write a heat map of each image, `OUT/0001-NAME.png`, and an HTML page of all heat maps, `OUT/index.html`.
 
-    NAME is the name of the image without its suffix, cut to 240 bytes.
+    NAME is the file name of the image without its suffix, cut to at most 240 bytes.
 
     Args:
         run: Folder of a classification run.
@@ -92,7 +92,7 @@ def explain(
         batch_size: Batch size.
         columns: As for `expand`.
         skip_corrupt: Skip images that cannot be read.
-        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
+        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"`, or `"mps"`.
 
     Raises:
         FileExistsError: If `out` is a file, or if it is a nonempty folder and `overwrite` is not set.
@@ -167,7 +167,7 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
         run: Folder of a classification run with stored predictions, whose images must still exist.
         by: As for `explain`.
         batch_size: Batch size.
-        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
+        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"`, or `"mps"`.
 
     Returns:
         Path of the report.
@@ -266,7 +266,7 @@ def _neighbors(
         notes.append(f"no nearest training images: {error}")
         return [[] for _ in features]
     if step > 1:
-        notes.append(f"neighbors are chosen from {len(candidates):,} of {len(train):,} training images, evenly spaced")
+        notes.append(f"neighbors are chosen from {len(candidates):,} evenly spaced training images (of {len(train):,})")
 
     def describe(index: int, cosine: float) -> dict[str, Any]:
         image = EmbeddedImage(*image_data_uri(train.image(index), _MAX_SIDE))
@@ -312,7 +312,7 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
     `A` is the last feature map of a convolutional network or a Swin Transformer. For a ViT, it is the input of the
     last attention module, since a class-token head ignores patch tokens after it. For a `LayerProbe` (a final head on
     several layers), it is the output of the first of these layers, on which the others depend. Each map is scaled to a
-    maximum of 1.
+    maximum of 1 and then resized to the image.
 
     Args:
         model: Model from `build_method` or `load_trained` in evaluation mode, a `LayerProbe`, or a plain timm model.
@@ -324,7 +324,7 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
 
     Raises:
         ValueError: If the model has neither ViT blocks nor `feature_info`, or the last call of the layer has fewer
-            tokens than patches, as in `vqt` with the trained head.
+            tokens than patches, as with the method `vqt` and the trained head.
         ImportError: If Captum is not installed.
 
     Sources:
@@ -372,7 +372,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
     rolled: list[Tensor] = []  # the product over the blocks so far
 
     def multiply_block(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Multiply the attention of a block, the input of its dropout, into the product."""
+        """Multiply the attention of a block (the input of its attention dropout) into the product."""
         mean = inputs[0].float().mean(1)  # [images, tokens, tokens]
         step = (mean + torch.eye(mean.shape[-1], device=mean.device)) / 2
         rolled[:] = [step @ rolled[0] if rolled else step]
@@ -394,8 +394,8 @@ def attention_rollout(model: nn.Module, images: Tensor) -> np.ndarray:
             f"attention rollout does not support prompt tokens, but the method adds {num_prompts}; use gradcam"
         )
     # distilled models average the outputs of the class token and the distillation token
-    class_tokens = 1 if getattr(base, "dist_token", None) is None else 2
-    pooled = rolled[0][:, :class_tokens] if base.global_pool == "token" else rolled[0][:, num_prefix:]
+    num_class_tokens = 1 if getattr(base, "dist_token", None) is None else 2
+    pooled = rolled[0][:, :num_class_tokens] if base.global_pool == "token" else rolled[0][:, num_prefix:]
     grid = pooled.mean(1)[:, num_prefix:].reshape(-1, rows, columns)
     return _resized_heat(grid - grid.amin((1, 2), keepdim=True), images)
 
@@ -409,7 +409,7 @@ def _resized_heat(grid: Tensor, images: Tensor) -> np.ndarray:
 
 
 def _vit_parts(model: nn.Module) -> tuple[Any, Sequence[Any], Any]:
-    """Return the model without its PEFT wrapper, its blocks and its patch size.
+    """Return the base model (the model without wrappers), its blocks, and its patch size.
 
     The blocks are empty if the model has none. The patch size is None if the model has no patch embedding.
     """

@@ -1,7 +1,7 @@
 """Export the model of a run to other formats, and verify the exported outputs.
 
-ONNX, TorchScript and `torch.export` files contain a graph: the operations of the model with their weights. A sparse
-file stores the update, i.e. the changes of the weights in training, without the unchanged weights. A LoRA approximates
+ONNX, TorchScript, and `torch.export` files contain a graph: the operations of the model with their weights. A sparse
+file stores the update, i.e. the changes to the weights in training, without the unchanged weights. A LoRA approximates
 the update.
 """
 
@@ -113,12 +113,12 @@ def export(
 ) -> ExportResult:
     """Export the best model of a run to another format.
 
-    Unless `logits` is set, the graphs in ONNX, TorchScript and `torch.export` files return the outputs of `predict`,
-    e.g. class probabilities with the temperature of the run, or regression values in their original units.
+    Unless `logits` is set, the graphs in ONNX, TorchScript, and `torch.export` files return the outputs of `predict`,
+    e.g. class probabilities calibrated with the run's temperature, or regression values in their original units.
 
     The export is written to a temporary path and renamed after verification, which is atomic for files. For ONNX,
-    TorchScript and `torch.export`, the outputs for real images are compared with the model's at several batch sizes,
-    and may differ by at most 1e-4 times the largest output. Sparse files with fp32 values restore the fine-tuned
+    TorchScript, and `torch.export`, the outputs for real images are compared with the model's at up to three batch
+    sizes, and may differ by at most 1e-4 times the largest output. Sparse files with fp32 values restore the fine-tuned
     weights bit for bit.
 
     Args:
@@ -135,13 +135,13 @@ def export(
             torchscript, torch-export).
 
     Returns:
-        Path of the export, name of the format, notes (e.g. the measured differences), and loading snippet.
+        Path of the export, name of the format, notes (e.g. the measured differences), and the loading snippet.
 
     Raises:
         FileExistsError: If `out` exists and may not be replaced.
         FileNotFoundError: If `run` is not a run folder, or its adapter is missing.
         ImportError: If a required package is missing. The message names the extra to install.
-        ValueError: If the format is unknown, or does not support an option, the task or the method; if outputs differ,
+        ValueError: If the format is unknown, or does not support an option, the task, or the method; if outputs differ,
             an image cannot be read, or `out` has no name; or if the run is damaged or a cross-validation run.
     """
     if format not in FORMATS:
@@ -196,7 +196,7 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _load_images(loaded: LoadedRun, images: Sequence[str | Path]) -> tuple[Tensor, Path | None]:
-    """Preprocess the given images, or up to 8 test, validation or training images of the run if `images` is empty.
+    """Preprocess the given images, or up to 8 test, validation, or training images of the run if `images` is empty.
 
     Returns:
         Batch of images, and the file of the first image, or None if that image is not a file.
@@ -438,7 +438,7 @@ def _tuner_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def sparse_patch(model: nn.Module, base: nn.Module) -> SparsePatch:
-    """Return a patch with the sparse changes of a method to the weights of its backbone.
+    """Return a patch with the sparse changes that a method has made to the weights of its backbone.
 
     Args:
         model: Model from `load_trained`, not merged.

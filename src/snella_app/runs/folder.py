@@ -1,4 +1,4 @@
-"""`RunFolder`: paths, settings, records, digests and status of a run.
+"""`RunFolder`: paths, settings, records, digests, and status of a run.
 
 `config.yaml` contains the settings of the run. `run.json` contains its status, and the SHA-256 digests of other files,
 which show whether these files were altered.
@@ -54,7 +54,7 @@ _INHERITED = (
     *("columns", "white", "skip_corrupt", "class_order", "protocol", "seed", "test_seed", "folds", "fold"),
     *("val_fraction", "test_fraction", "val_size", "test_size"),
 )
-"""Settings inherited with `init_from`. Other values would not fit the trained weights, or would evaluate them on
+"""Settings inherited with `init_from`. Different values would not fit the trained weights, or would evaluate them on
 training images."""
 _CHANGEABLE = (*SESSION_FIELDS, "data")
 """Settings that may change when a run is resumed. `data` may change, because a digest detects changed images."""
@@ -79,7 +79,7 @@ def _for_config_file(message: str) -> str:
 
 
 class BaseRunFolder(Generic[S]):
-    """Folder of a run: paths, configuration, records and status.
+    """Folder of a run: paths, configuration, records, and status.
 
     Args:
         path: The folder, which need not exist yet.
@@ -121,7 +121,7 @@ class BaseRunFolder(Generic[S]):
 
     @property
     def id(self) -> str | None:
-        """Unique id of the run, or None if the folder has no run or an early version of snella wrote it."""
+        """Unique ID of the run, or None if the folder has no run or an early version of snella wrote the run."""
         return (self._read_run() or {}).get("id")
 
     @property
@@ -152,12 +152,12 @@ class BaseRunFolder(Generic[S]):
         return read_object(self.path / name)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file atomically, and update its digest in `run.json`, if it has one."""
+        """Write a JSON file atomically, and update its digest in `run.json` if one is stored there."""
         write_json(self.path / name, value)
         self._update_digest(name)
 
     def write(self, record: Record) -> None:
-        """Write the file of a record atomically, with the run id and the digests if the record has these fields."""
+        """Write the file of a record atomically, with the run ID and the digests if the record has these fields."""
         if isinstance(record, RunInfo):
             stored_files = (self._read_run() or {}).get("files") or None
             record = dataclasses.replace(record, **self._binding(), files=stored_files)
@@ -179,7 +179,7 @@ class BaseRunFolder(Generic[S]):
         write_json(self.path / "run.json", sealed(run))
 
     def finish(self) -> None:
-        """Set the status to finished, and store the digests of the settings, results, adapter and selection."""
+        """Set the status to finished, and store digests of the settings, results, adapter, and selected parameters."""
         self.update("finished", files=self._digests(*_RESULTS, "adapter", "selection"))
 
     @contextmanager
@@ -213,7 +213,7 @@ class BaseRunFolder(Generic[S]):
             self.update(run["status"], run.get("error"), files={**files, name: sha256_of(self.path / name)})
 
     def write_config(self, config: S) -> None:
-        """Write `config.yaml`, without settings such as `overwrite` that apply to one call."""
+        """Write `config.yaml`, without settings such as `overwrite` that apply only to a single call."""
         self._write_settings(config)
         self._update_digest("config.yaml")
 
@@ -273,13 +273,14 @@ class BaseRunFolder(Generic[S]):
             config: Requested settings; `resume` and `overwrite` determine what happens to an existing run.
 
         Returns:
-            Resolved settings. For a resumed run, these are the stored settings.
+            Resolved settings. For a resumed run, these are the stored settings, with the `SESSION_FIELDS` and any new
+            location of the data from `config`.
 
         Raises:
             FileExistsError: If the folder has a run and neither `resume` nor `overwrite` is set, if it has other files
                 but no run, or if the path is a file.
-            FileNotFoundError: If `resume` is set and the folder has checkpoints but no `run.json`, or if it has neither
-                `run.json` nor `config.yaml`, and `config` lacks settings to start a run.
+            FileNotFoundError: If `resume` is set, and the folder either has checkpoints but no `run.json`, or has
+                neither `run.json` nor `config.yaml` while `config` lacks settings that are required to start a run.
             ValueError: If `resume` is set with settings that differ from the stored ones, if an early version of snella
                 started the unfinished run, or if `run.json` or `config.yaml` is damaged or was altered.
         """
@@ -309,7 +310,8 @@ class BaseRunFolder(Generic[S]):
         """Resolve settings like `resolve_settings`, and return the record of a resumed run.
 
         Returns:
-            Resolved settings, and the content of `run.json`, or None for a new run, or if the file was never written.
+            Resolved settings, and the content of `run.json`. The content is None for a new run, or if the file was
+            never written.
 
         Raises:
             FileNotFoundError: As for `resolve_settings`, or if the adapter or results of a finished run are missing.
@@ -360,9 +362,9 @@ class BaseRunFolder(Generic[S]):
             )
 
     def _binding(self) -> dict[str, Any]:
-        """Return the entries of `run.json` that identify the run: its id and the digest of its settings.
+        """Return the entries of `run.json` that identify the run: its ID and the digest of its settings.
 
-        A new run gets a new id. The result is empty for a run of an early version, which has no id.
+        A new run gets a new ID. The result is empty for a run that an early version of snella wrote without an ID.
         """
         run = self._read_run() or {"id": secrets.token_hex(16)}
         if "id" not in run:
@@ -375,7 +377,7 @@ class BaseRunFolder(Generic[S]):
         return dict(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
 
     def _stored_digest(self) -> str | None:
-        """Return the settings digest in `run.json` or `folds.json`, or None if it is absent, as in early versions."""
+        """Return the settings digest in `run.json` or `folds.json`, or None if it is absent."""
         folds = self.path / FoldResults.file
         stored = self._read_run() or (read_object(folds) if folds.is_file() else {})
         return stored.get("settings")
@@ -387,7 +389,7 @@ class BaseRunFolder(Generic[S]):
                 path.unlink(missing_ok=True)
 
     def _resumed_settings(self, config: S) -> S:
-        """Return the stored settings, with the `SESSION_FIELDS` and a new location of the data from `config`.
+        """Return the stored settings, with the `SESSION_FIELDS` and any new location of the data from `config`.
 
         Raise ValueError if other settings differ. The location may change if `run.json` has a digest of the data.
         """
@@ -406,7 +408,7 @@ class BaseRunFolder(Generic[S]):
         return stored.replace(**{name: requested[name] for name in SESSION_FIELDS if name in requested})
 
     def _has_unexpected_files(self) -> bool:
-        """Return whether the folder contains anything other than runs, the files of a run and hidden files."""
+        """Return whether the folder contains anything other than runs, the files of a run, and hidden files."""
         if not self.path.is_dir():
             return False
         unexpected = (entry for entry in self.path.iterdir() if entry.name not in (*self.files, *self.folders))
@@ -432,7 +434,7 @@ class RunFolder(BaseRunFolder[TrainConfig]):
 
         Args:
             config: Requested settings. Inherited settings left at their defaults take the values of this run, as do
-                `data`, `train_size`, `img_size` and `target_sparsity` if they are None. Method options are merged.
+                `data`, `train_size`, `img_size`, and `target_sparsity` if they are None. Method options are merged.
                 Unless `init_sparsity` is requested, the new run starts with the sparsity of this run's adapter (the
                 fraction of weights that its update may not change), or with the target sparsity if that is lower.
 

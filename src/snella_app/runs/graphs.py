@@ -1,4 +1,4 @@
-"""Export models to ONNX, TorchScript and `torch.export` graphs, compare outputs, and generate code to load files."""
+"""Export models to ONNX, TorchScript, and `torch.export` graphs, compare outputs, and generate inference code."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ _TWO_GIB = 2**31
 class ExportedGraph:
     """Graph of a model in the format of a runtime, with code that loads and runs it.
 
-    Args:
+    Attributes:
         runtime: Name of the runtime.
         content: Serialized graph.
         run: Function from images to outputs.
@@ -188,8 +188,8 @@ def quiet_exporters() -> Iterator[None]:
 def preprocessing_code(loaded: LoadedRun) -> list[str] | None:
     """Return lines of Python code that preprocess an 8-bit or 16-bit image as `predict` does, with NumPy and Pillow.
 
-    `predict` also reduces large images while decoding them, which changes pixels slightly. Returns None if the images
-    are neither grayscale nor RGB, or if the white level is set (`DataConfig.white`).
+    `predict` also reduces large images while decoding them, which changes pixels slightly. Returns None if the model's
+    images are neither grayscale nor RGB, or if the white level is set (`DataConfig.white`).
     """
     config = loaded.info.data_config
     channels = int(config["input_size"][0])

@@ -1,4 +1,4 @@
-"""Inputs for prediction: files, folders, patterns, tables, standard input, PIL images, arrays and tensors.
+"""Inputs for prediction: files, folders, patterns, tables, standard input, PIL images, arrays, and tensors.
 
 A `Reading` specifies how the images of a model are decoded: the number of channels, the 16-bit value that maps to
 white, and the resolution.
@@ -39,7 +39,7 @@ from snella_app.text import listed, similar_paths
 ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """One image: a file, its bytes, a PIL image, an array `[height, width]` or `[height, width, channels]`, or a tensor
 `[height, width]` or `[channels, height, width]`. Values are 0 to 255 (uint8) or 0 to 1 (floating point). Models with 1,
-3 or 4 channels accept any of these channel counts. Other models require their own count and reject PIL images."""
+3, or 4 channels accept any of these channel counts. Other models require their own count and reject PIL images."""
 
 _PATTERN_CHARS = "*?["
 _POLL_S = 0.5  # seconds between polls of watched folders
@@ -51,7 +51,7 @@ def split_inputs(
     """Split inputs into single images.
 
     `images` is one image, or several: a folder, a pattern, a table of files, a batch as a 4-dim array or tensor, or an
-    iterable of images, folders, patterns and tables. The other arguments are as for `expand`.
+    iterable of images, folders, patterns, and tables. The other arguments are as for `expand`.
 
     Returns:
         List of images, and True if the input was a single image.
@@ -63,7 +63,7 @@ def split_inputs(
     """
     if isinstance(images, str | Path):
         files = expand([images], columns, run_columns, keep_missing=keep_missing)
-        is_single = files == [expand_user(images)]  # folders, patterns and tables expand to different paths
+        is_single = files == [expand_user(images)]  # folders, patterns, and tables expand to different paths
         return list(files), is_single
     is_batch = isinstance(images, np.ndarray | Tensor) and images.ndim == 4
     if isinstance(images, bytes | Image.Image | np.ndarray | Tensor) and not is_batch:
@@ -88,12 +88,12 @@ def expand(
     *,
     keep_missing: bool = False,
 ) -> list[Path]:
-    """Expand file, folder, pattern and table arguments into image files.
+    """Expand file, folder, pattern, and table arguments into image files.
 
     Args:
         images: Files; folders, which are searched recursively, except for hidden files and folders; patterns such as
             `photos/**/*.jpg`; tables (CSV, TSV, Parquet; `csv:FILE`, `parquet:FILE`) with a column of paths; `-` for
-            standard input with one image file per line.
+            standard input, which lists one image file per line.
         columns: Path column of a table, e.g. `path=file`. None tries the usual names of this column, then
             `run_columns`.
         run_columns: Columns of the run's table.
@@ -145,10 +145,10 @@ def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
         reading: Decoding options of the model.
 
     Returns:
-        8-bit PIL image in RGB, gray or RGBA, or a tensor for other channel counts.
+        8-bit PIL image in RGB, gray, or RGBA, or a tensor for other channel counts.
 
     Raises:
-        ValueError: If a file is not an image, or an array has a wrong shape, type or value range.
+        ValueError: If a file is not an image, or an array has a wrong shape, type, or value range.
         TypeError: If the input has an unsupported type.
     """
     if isinstance(image, str | Path):
@@ -179,7 +179,7 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
         poll_s: Seconds between polls.
 
     Yields:
-        New images after each poll, sorted by path in each folder. The list is empty if there are none.
+        New images after each poll, sorted by path within each folder. The list is empty if there are none.
     """
     seen = {path.resolve() for path in known}
     states: dict[Path, tuple[int, int]] = {}
@@ -224,7 +224,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _paths_in_table(table: Path, kind: str | None, columns: str | None, run_columns: str | None) -> list[Path]:
-    """Return the images listed in the given column of a table, a column with a usual name, or the run's column."""
+    """Return the images listed in a table. `columns` names their column; None tries usual names, then `run_columns`."""
     if columns is not None:
         return table_paths(table, Columns.parse(columns), kind)
     try:
@@ -261,7 +261,7 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
         values = (tensor.movedim(0, -1) if tensor.ndim == 3 else tensor).numpy()
     else:
         values = image
-    # Pillow converts between 1, 3 and 4 channels
+    # Pillow converts between 1, 3, and 4 channels
     allowed_channels = tuple(PILLOW_MODES) if channels in PILLOW_MODES else (channels,)
     num_channels = values.shape[2] if values.ndim == 3 else 1
     if values.ndim not in (2, 3) or num_channels not in allowed_channels or 0 in values.shape:

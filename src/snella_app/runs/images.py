@@ -19,7 +19,7 @@ SPLITS = ("train", "val", "test")
 
 
 def splits_digest(splits: DataSplits) -> str:
-    """Return the SHA-256 of the classes, and of the image names, labels and annotations of each split.
+    """Return the SHA-256 of the classes, and of the image names, labels, and annotations of each split.
 
     The digest does not depend on the path of the data, so the data may be moved.
     """
@@ -106,7 +106,8 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
     if absolute and path is not None:
         is_pattern = prefix == "wds:" and Path(path).name != Path(absolute).name
         if prefix == "hf:" or (prefix == "wds:" and not is_pattern):
-            folder = expand_user(path)  # a folder at training time; `data_folder` cannot tell if it is missing
+            # a folder at training time; if it is missing now, `data_folder` takes it for a Hub name or a pattern
+            folder = expand_user(path)
     if folder is None or folder.exists():
         return spec
     if absolute and path is not None and Path(absolute).exists():
@@ -129,7 +130,7 @@ def load_splits(config: DataConfig, seed: int, data: Any = None) -> DataSplits:
     """Load the splits of a configuration, which are reproducible if the files are unchanged.
 
     Args:
-        config: Images, labels and splits.
+        config: Images, labels, and splits.
         seed: Seed of the run, which determines the splits.
         data: Dataset object to load instead of `config.spec`.
     """
@@ -152,7 +153,7 @@ def load_run_splits(run: RunFolder, data: DataInfo, **changes: Any) -> DataSplit
 
 
 def encode_targets(splits: DataSplits, task: Task) -> DataSplits:
-    """Return the splits with targets encoded for the task's loss, and sample weights for training images."""
+    """Return the splits with targets encoded for the task's loss, and with sample weights for the training images."""
     encode = None if task.target == "class" else task.encode  # class indices need no encoding
     parts: dict[str, Any] = {}
     for name, dataset in splits.parts.items():

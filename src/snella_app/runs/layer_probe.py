@@ -27,7 +27,7 @@ _MAX_LAYERS = 4
 def probed_layers(model: nn.Module) -> list[int]:
     """Select up to four layers of timm's `feature_info` for a probe, ending with the last one.
 
-    The spacing is a sixth of all layers: blocks 6, 8, 10 and 12 of 12, or the last four of at most eight stages.
+    The spacing is a sixth of all layers: blocks 6, 8, 10, and 12 of 12, or the last four of at most eight stages.
 
     Args:
         model: Model from `build_method` or `load_trained`.
@@ -85,7 +85,7 @@ class KernelHead(nn.Module):
 
         f(x) = b + Σ_j a_j k(x̂, c_j),   k(x̂, c) = exp(−‖x̂ − c‖² / (2 width)),   x̂ = clip((x − mean) / std, ±10)
 
-    Standardized features have a mean squared distance of `2 width`. The limits of x̂ bound how far an image can be from
+    Standardized features have a mean squared distance of `2 width`. Clipping x̂ bounds the distance of an image from
     the training images.
 
     Args:

@@ -1,6 +1,6 @@
 """Merge the update of a run into its backbone, and write the result as plain timm weights.
 
-The update is the change of the weights in training. A run can also have a final head, which reads the features of
+The update is the change to the weights in training. A run can also have a final head, which reads the features of
 several layers and is written to a separate file.
 """
 
@@ -33,7 +33,7 @@ _WEIGHTS = "model.safetensors"
 _INHERITED_ENTRIES = ("first_conv", "classifier", "license", "pool_size")
 """Entries of a backbone's `pretrained_cfg` that also apply to the fine-tuned model."""
 _USE = "use"
-"""Entry of the metadata or of `config.json` that explains the outputs, with the result of `Task.decoding_comment`."""
+"""Entry of the metadata or of `config.json` that explains the outputs: the result of `Task.decoding_comment`."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,18 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
 
     A folder is written in timm's format: `timm.create_model("local-dir:OUT", pretrained=True)` loads the model,
     `create_transform(**resolve_model_data_config(model))` preprocesses images as in evaluation, and
-    `model.pretrained_cfg["label_names"]` contains the classes. This supports timm backbones and all tasks except
-    segmentation. The weights do not include thresholds or the mean and standard deviation of regression targets. The
-    last comment of the loading snippet explains how to apply these to the outputs.
+    `model.pretrained_cfg["label_names"]` contains the classes. Folders are supported for timm backbones and all
+    tasks except segmentation. The weights include neither the thresholds of labels nor the mean and standard deviation
+    of regression targets; the last comment of the loading snippet explains how to apply these to the outputs.
 
-    If `out` is a `.safetensors` file, it contains the state dict. Its metadata contains the architecture, class names
+    If `out` is a `.safetensors` file, it contains the state dict. Its metadata contains the architecture, class names,
     and data configuration, which the loading snippet uses. For segmentation, the parameter names follow
     `snella_app.backbones.segmenter.create_segmenter`: `encoder.…` (names of the backbone, without a head) and
     `decoder.…`. `load_merged` loads the model.
 
     The outputs match the adapted model's. With SNELLA, they are bit-identical, because its layers compute with the
-    sum of pre-trained weight and update. The calibration temperature is not merged but stored in the metadata or in
-    `config.json`. A final head is written to `layer_probe.safetensors` in the folder, or
+    sum of the pre-trained weight and the update. The calibration temperature is not merged but stored in the metadata
+    or in `config.json`. A final head is written to `layer_probe.safetensors` in the folder, or
     `NAME.layer_probe.safetensors` next to the file.
 
     Args:
@@ -83,7 +83,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
         `transform`, which converts a PIL image to the model input.
 
     Raises:
-        FileExistsError: If the output exists and `overwrite` is not set, a file would replace a folder or the reverse,
+        FileExistsError: If the output exists and `overwrite` is not set, a file would replace a folder or vice versa,
             or the folder has other files.
         FileNotFoundError: If `run` is not a run folder, or its adapter is missing.
         ValueError: If `out` has an unsupported suffix, or is a folder and timm cannot build the model (segmentation,
@@ -170,7 +170,7 @@ def _check_out(path: Path, *, overwrite: bool) -> None:
 
 
 def check_folder_files(folder: Path, written: Collection[str]) -> None:
-    """Check that an output folder contains only files named in `written`, and hidden files.
+    """Check that an output folder contains only hidden files and the files named in `written`.
 
     Raises:
         FileExistsError: If there are other files.
@@ -202,7 +202,7 @@ def run_metadata(loaded: LoadedRun, model: nn.Module) -> dict[str, str]:
 
 
 def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any]:
-    """Return the `config.json` of timm's format: architecture, arguments, preprocessing and labels.
+    """Return the `config.json` of timm's format: architecture, arguments, preprocessing, and labels.
 
     Raises:
         ValueError: If timm cannot build the model.

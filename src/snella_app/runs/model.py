@@ -26,12 +26,12 @@ _OTHER_COMMANDS = {
     "language": "snella evaluate-language uses it",
 }
 _LIBRARY_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
-"""Errors that torch, timm and PEFT raise if the configuration and the weights of a run do not match."""
+"""Errors that torch, timm, and PEFT raise if the configuration and the weights of a run do not match."""
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """Best model of a run, with its transform, classes and task.
+    """Best model of a run, with its transform, classes, and task.
 
     For a cross-validation run, `model` is an ensemble of the folds, `task` is the task of this ensemble, and `probe` is
     None. The other attributes come from the first fold, but `info` has no calibration and no test-time augmentation,
@@ -78,10 +78,10 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
 
     Args:
         run: Folder of the run.
-        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
+        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"`, or `"mps"`.
 
     Returns:
-        Model in evaluation mode with its transform, class names and record.
+        Model in evaluation mode with its transform, class names, and record.
 
     Raises:
         FileNotFoundError: If `run` is not a run folder, no epoch has finished, or the adapter or a fold is missing.
@@ -110,8 +110,8 @@ def load_single_run(run: str | Path | RunFolder, device: str = "auto") -> Loaded
     """Load the best model of a run.
 
     Raises:
-        ValueError: If `run` is a cross-validation run.
-        Exception: As for `load_run`.
+        FileNotFoundError, AdapterFileError: As for `load_run`.
+        ValueError: As for `load_run`, or if `run` is a cross-validation run.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(run)
     reject_cross_validation(folder.path)

@@ -37,7 +37,7 @@ Unsure = float | Literal["auto"] | None
 
 
 class Predictor:
-    """Best model of a run, with preprocessing, class names and calibration.
+    """Best model of a run, with preprocessing, class names, and calibration.
 
         model = snella.load("runs/photos")
         model.predict("new.jpg").label
@@ -61,7 +61,7 @@ class Predictor:
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        """Describe the run, task, method, classes and device."""
+        """Describe the run, task, method, number of classes, and device."""
         info = self.loaded.info
         return (
             f"Predictor({str(self.loaded.folder.path)!r}: {info.task} by {info.method}, {len(self.classes)} classes, "
@@ -100,19 +100,19 @@ class Predictor:
         """Return the predictions for one or more images.
 
         Args:
-            images: One image: a file, its bytes, a PIL image, an array or a tensor (see
+            images: One image: a file, its bytes, a PIL image, an array, or a tensor (see
                 `snella_app.runs.image_inputs`). Or several: a folder, glob pattern, table or batch, or a list of
-                images, folders, patterns and tables.
+                images, folders, patterns, and tables.
             tta: Test-time augmentation: number of views whose predictions are averaged (the image, its flip, corner
-                crops of the enlarged image and their flips). None uses the run's setting, and is required for a
+                crops of the enlarged image, and their flips). None uses the run's setting, and is required for a
                 cross-validation run.
             unsure: Probability below which predictions are marked as unsure. `"auto"` selects the run's threshold.
             skip_corrupt: Skip images that cannot be read. A single image that cannot be read is always an error.
             columns: Path column of a table, such as `path=file`. None tries the usual names, then the run's column.
 
         Returns:
-            One object of `snella_app.tasks.predictions` (see `Task.image_predictions`); for several images, a list in
-            input order.
+            A prediction object from `snella_app.tasks.predictions` (see `Task.image_predictions`), or, for several
+            images, a list of such objects in input order.
 
         Raises:
             FileNotFoundError: If a path does not exist, or a folder has no images. The message suggests similar names.
@@ -216,10 +216,10 @@ class Predictor:
     def _batches(
         self, images: Iterable[ImageInput], skip_corrupt: bool | None, on_skipped: Callable[[Path, str], None]
     ) -> Iterator[tuple[list[Path], list[Image.Image], Tensor]]:
-        """Yield batches of file names, images and model inputs."""
+        """Yield batches of file names, images, and model inputs."""
 
         def prepare(entry: tuple[int, ImageInput]) -> tuple[Path, Image.Image, Tensor] | tuple[Path, str]:
-            """Return the name, image and model input of an entry, or its name and the reason for skipping it."""
+            """Return the name, image, and model input of an entry, or its name and the reason for skipping it."""
             name = _name(*entry)
             try:
                 image = read_input(entry[1], str(name), self.loaded.reading)
@@ -276,7 +276,7 @@ def load(run: str | Path | RunFolder, device: str = "auto", *, batch_size: int =
 
     Args:
         run: Folder of the run, or the result of `snella.train`.
-        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"` or `"mps"`.
+        device: `"auto"`, or a torch device such as `"cpu"`, `"cuda:1"`, or `"mps"`.
         batch_size: Batch size.
 
     Raises:
@@ -329,7 +329,7 @@ def check_order(run: Path, images: Sequence[str | Path] = ()) -> None:
 
 
 def _name(index: int, image: ImageInput) -> Path:
-    """Return the file of an image, or its index if it is not a file: `[3]`."""
+    """Return the file of an image, or the index in brackets, such as `[3]`, if the image is not a file."""
     if isinstance(image, str | Path):
         return Path(image)
     return Path(getattr(image, "filename", "") or f"[{index}]")

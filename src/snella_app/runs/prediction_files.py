@@ -1,7 +1,7 @@
 """Print predictions, or write them to tables, masks, and feature files.
 
-With `watch`, new images in the given folders are predicted, and their rows appended, as they arrive, until the user
-interrupts the command.
+With `watch`, new images in the given folders are predicted as they arrive, until the user interrupts the command. If
+the output is a table, a row per image is appended to it.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def predict_to_files(
     skip_corrupt: bool = False,
     device: str = "auto",
 ) -> None:
-    """Run prediction on images, and print or write the results; arguments as for `snella predict`.
+    """Run prediction on images, and print or write the results; the arguments are those of `snella predict`.
 
     With `watch`, images that cannot be read are always skipped, and images listed in `out` are not processed again
     unless `overwrite` is set.
@@ -101,7 +101,7 @@ def predict_to_files(
     def skip(path: Path, reason: str) -> None:
         """Remember a skipped image for the summary, or print it at once with `watch`."""
         skipped.append(f"{str(path)!r} ({reason})")
-        if watch:  # without a summary at the end
+        if watch:  # there is no summary at the end
             print_line(error_console, f"skipped {skipped[-1]}")
 
     def predict_paths(paths: Sequence[Path]) -> Iterator[Any]:
@@ -200,7 +200,7 @@ def _check_features(features: str, *, overwrite: bool) -> None:
 
 
 def parse_unsure(unsure: str | None) -> Any:
-    """Parse `--unsure`; raise ValueError unless it is `auto`, a number or None."""
+    """Parse `--unsure`; raise ValueError unless it is `auto`, a number, or None."""
     if unsure in (None, "auto"):
         return unsure
     try:

@@ -102,8 +102,8 @@ def push(
 ) -> PushResult:
     """Push the model of a run to the Hugging Face Hub.
 
-    With `to_folder`, the repository is written to this folder instead. If the Hub cannot be reached, it is written to
-    `RUN-hub`.
+    With `to_folder`, the repository is written to this folder instead. If the Hub cannot be reached, the repository is
+    written to `RUN-hub`.
 
     Args:
         run: Run folder.

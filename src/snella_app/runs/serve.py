@@ -1,7 +1,8 @@
 """HTTP server for the model of a run, with a web page.
 
-The server limits the memory of all requests in progress by a budget of pixels. A request that exceeds the remaining
-budget is rejected with status 503, and the client can retry it.
+A pixel budget limits the memory that all requests in progress use together. A request that does not fit in the
+remaining budget is rejected with status 503, and the client can retry it. One that exceeds the entire budget is
+rejected with status 413.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ from snella_app.tasks.predictions import Prediction
 from snella_app.text import utf8_text
 
 _EXTRA = "the server needs fastapi, uvicorn and python-multipart: pip install 'snella[serve]'"
-_OVERHEAD = 2**20  # bytes of a request besides its files
+_OVERHEAD = 2**20  # bytes allowed for the parts of a request other than its files
 _PAGE = Path(__file__).with_name("serve.html")
 _BYTES_PER_PIXEL = 4  # number of request bytes that count as one pixel
 _CONNECTIONS = 64  # maximum number of simultaneous connections
@@ -44,7 +45,7 @@ _DOCS_POLICY = (
     "default-src 'none'; script-src https: 'unsafe-inline'; style-src https: 'unsafe-inline'; img-src https: data:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
-"""Policy of FastAPI's documentation page, which loads its viewer from a CDN."""
+"""Content-Security-Policy for FastAPI's documentation page, which loads its viewer from a CDN."""
 _BIND_ERRORS = {
     errno.EADDRINUSE: "is in use; choose another --port, or 0 for a free one",
     errno.EACCES: "needs more permissions; choose a --port of 1024 or above",
@@ -55,12 +56,12 @@ _NOSNIFF = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """Limits for a request, and for all requests in progress.
+    """Limits for each request, and for all requests in progress together.
 
     Attributes:
         files: Maximum number of images per request.
         mib: Maximum size of a file, in MiB.
-        megapixels: Maximum number of pixels per image, in millions, checked against its header before decoding.
+        megapixels: Maximum number of pixels per image, in millions. The image's header is checked before decoding.
         total_megapixels: Maximum number of pixels of all requests in progress, in millions. Each byte of a
             request counts as a quarter of a pixel.
 
@@ -108,7 +109,7 @@ class _PixelBudget:
 
     @contextmanager
     def reserve(self, pixels: float) -> Iterator[bool]:
-        """Reserve pixels until the end of the block; yield True if they fit in the budget."""
+        """Reserve pixels until the end of the block if they fit in the budget; yield whether they fit."""
         with self._lock:
             fits = self._used + pixels <= self._limit
             reserved = pixels if fits else 0.0
@@ -129,26 +130,26 @@ def create_app(
     hosts: Sequence[str] = (),
     log: Callable[[str], None] = lambda line: None,
 ) -> Any:
-    """Create the web application with `GET /`, `GET /health`, `GET /docs` and `POST /predict`.
+    """Create the web application with `GET /`, `GET /health`, `GET /docs`, and `POST /predict`.
 
     `POST /predict` takes images in the form field `files`. The response has one entry per file, in order, with `name`
-    and `text`. For nominal or ordinal classes, an entry also has `label`, `probability` and `probabilities`, and
-    `unsure` if there is a threshold. The entry of a file that was not predicted has `name` and `error`. Status codes:
+    and `text`. For nominal or ordinal classes, an entry also has `label`, `probability`, and `probabilities`, and
+    `unsure` if there is a threshold. The entry of a file without a prediction has `name` and `error`. Status codes:
 
-    - 200: at least one file was predicted.
+    - 200: at least one file has a prediction.
     - 400: the `Host` header is neither a name of this server nor an IP address.
     - 408: the request took longer than ten minutes.
     - 411: a POST request has no valid Content-Length header.
-    - 413: the request exceeds a limit.
-    - 422: no file could be predicted, or the form has no `files`.
-    - 503: the limit for all requests is exceeded.
+    - 413: the request as a whole exceeds a limit. (If only a file does, its entry has `error`.)
+    - 422: no file has a prediction, or the form has no `files`.
+    - 503: the server is busy with other requests.
 
     Args:
         model: Model from `snella.load`.
-        limits: Limits of requests. None uses the default limits.
+        limits: Limits for requests. None uses the default limits.
         tta: As for `Predictor.predict`.
         unsure: As for `Predictor.predict`.
-        hosts: Additional host names, besides localhost, the name of this machine and any IP address.
+        hosts: Host names to accept in addition to localhost, the name of this machine, and any IP address.
         log: Callback that receives one log line per request.
 
     Returns:
@@ -156,7 +157,7 @@ def create_app(
 
     Raises:
         ImportError: If FastAPI or python-multipart is not installed.
-        ValueError: If `tta` or `unsure` does not apply to the run.
+        ValueError: If `tta` or `unsure` is invalid or does not apply to the run.
     """
     try:
         import python_multipart  # noqa: F401
@@ -178,7 +179,7 @@ def create_app(
     app = FastAPI(title="snella", description=f"{info.method} on {info.backbone.name}", redoc_url=None)
 
     def check_headers(request: Request) -> Any:
-        """Return an error response if the request headers are invalid, else None."""
+        """Return an error response if the headers are invalid or announce too many bytes, else None."""
         host = request.headers.get("host", "")
         if not _is_allowed_host(host, names):
             return JSONResponse(
@@ -235,7 +236,7 @@ def create_app(
         return JSONResponse({"error": f"{error.detail}{hint}"}, error.status_code, error.headers)
 
     @app.get("/", response_class=HTMLResponse)
-    async def page() -> str:  # async routes do not wait for a thread of `predict`
+    async def page() -> str:  # async routes need no thread from the pool that runs `predict`
         """Return the web page."""
         return page_text
 
@@ -302,7 +303,7 @@ def serve(
         run: Run folder.
         host: Address to listen on. 0.0.0.0 listens on all addresses of this machine.
         port: Port. 0 selects a free port.
-        limits: Limits of requests. None uses the default limits.
+        limits: Limits for requests. None uses the default limits.
         tta: As for `Predictor.predict`.
         unsure: As for `Predictor.predict`.
         batch_size: Batch size.
@@ -311,9 +312,9 @@ def serve(
         console: Console for the address and the request log.
 
     Raises:
-        ImportError: If FastAPI, uvicorn or python-multipart is not installed.
+        ImportError: If FastAPI, uvicorn, or python-multipart is not installed.
         FileNotFoundError: As for `snella.load`.
-        ValueError: As for `snella.load`, or if `port` is out of range, or `tta` or `unsure` does not apply to the run.
+        ValueError: As for `snella.load` and `create_app`, or if `port` is out of range.
         OSError: If the address is in use or unavailable.
     """
     try:
@@ -334,8 +335,8 @@ def serve(
         )
         listener.listen()  # before the address is printed, so that clients can connect
         shown = f"[{host}]" if ":" in host else host
-        name = f"http://{shown}:{listener.getsockname()[1]}"
-        print_line(console, f"serving {run} at {name}, API {name}/predict, docs {name}/docs; press Ctrl-C to stop")
+        url = f"http://{shown}:{listener.getsockname()[1]}"
+        print_line(console, f"serving {run} at {url}, API {url}/predict, docs {url}/docs; press Ctrl-C to stop")
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -383,7 +384,10 @@ def _is_allowed_host(header: str, names: set[str]) -> bool:
 
 
 def _content_policy(page: str) -> str:
-    """Return a Content-Security-Policy that allows only the page's script and style, blob images, and its server."""
+    """Return the Content-Security-Policy of the page.
+
+    It allows only the page's script and style, blob and data images, and requests to the page's server.
+    """
     sources = {}
     for kind in ("script", "style"):
         (text,) = re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.DOTALL)
@@ -433,7 +437,7 @@ def _index(path: Path) -> int:
 
 
 def _prediction_json(model: Predictor, prediction: Any) -> dict[str, Any]:
-    """Convert a prediction to a JSON object with the entries of `POST /predict`."""
+    """Convert a prediction to the fields of its entry in the response to `POST /predict`."""
     text = utf8_text(prediction.text())
     if not isinstance(prediction, Prediction):
         return {"text": text}

@@ -1,6 +1,7 @@
-"""`TaskBank`: many tasks on one backbone, with mixed batches.
+"""`TaskBank`: many tasks on one backbone, with batches that mix tasks.
 
-The effective weight of a layer is its pre-trained weight plus the update of a task. It is computed by a merge.
+The effective weight of a layer is its pre-trained weight plus the update of a task. A merge computes the effective
+weights of all layers that the task updates.
 """
 
 from collections import OrderedDict
@@ -28,12 +29,12 @@ from snella_app.runs.model import LoadedRun, load_single_run, make_backbone
 from snella_app.runs.predict import check_shape
 
 _MIB = 2**20
-_MAX_REPLACED = 0.25  # maximum fraction of a backbone that a task may replace: heads, tokens, norms
+_MAX_REPLACED = 0.25  # maximum fraction of the backbone that a task may replace, e.g. its head, tokens, and norms
 
 
 @dataclass
 class _Update:
-    """Update of one weight of a task.
+    """Update that a task makes to one weight.
 
     Attributes:
         update: Factors and options of the update.
@@ -55,7 +56,7 @@ class _Task:
     Attributes:
         loaded: Run of the task, with the model of the bank.
         updates: Updates by parameter name.
-        replaced: New values of fully replaced tensors by name, e.g. of the head.
+        replaced: New values of the tensors that the task replaces entirely, e.g. those of the head, by name.
     """
 
     loaded: LoadedRun
@@ -73,7 +74,7 @@ class TaskBank:
     most recently used tasks, up to `memory_mib`. A cached task needs no merge. Any other task needs one merge, which
     replaces the effective weights of the least recently used tasks if the memory is full. The images of a batch are
     grouped by task. The outputs of each group are bit-identical to the outputs of the loaded run for this group.
-    Several threads may use a bank.
+    Several threads may use a bank at the same time.
 
     Args:
         runs: Run folders, by task name.
@@ -82,8 +83,9 @@ class TaskBank:
 
     Raises:
         FileNotFoundError: If a folder is not a run folder, or has no adapter yet.
-        ValueError: If runs differ in backbone, pre-trained weights or task type, a task exceeds `memory_mib`, a run is
-            a cross-validation run or damaged, `memory_mib` is not positive, or the device is not available.
+        ValueError: If runs differ in backbone, image size, pre-trained weights, or task type; if the effective weights
+            of a task exceed `memory_mib`; if a run is damaged or a cross-validation run; if `memory_mib` is not
+            positive; or if the device is not available.
         NotImplementedError: If a run changes the architecture, or changes more than a quarter of the backbone by means
             other than SNELLA factors, e.g. by LoRA.
     """
@@ -136,8 +138,8 @@ class TaskBank:
 
         Raises:
             FileNotFoundError: If `run` is not a run folder, or has no adapter yet.
-            ValueError: If the run has a different backbone, pre-trained weights or task type than the bank, exceeds
-                `memory_mib`, is a cross-validation run or is damaged.
+            ValueError: If the run and the bank differ in backbone, image size, pre-trained weights, or task type; if
+                the run's effective weights exceed `memory_mib`; or if the run is damaged or a cross-validation run.
             NotImplementedError: If the run changes the architecture, or changes more than a quarter of the backbone by
                 means other than SNELLA factors.
         """
@@ -199,14 +201,14 @@ class TaskBank:
                 self._model = None  # the next task may have a different backbone
 
     def __call__(self, images: Tensor | Sequence[Tensor], tasks: Sequence[str]) -> list[Tensor]:
-        """Compute the outputs of images from different tasks.
+        """Compute the outputs for images of different tasks.
 
         Args:
             images: `[n, C, H, W]`, or `n` images, each preprocessed by the transform of its task.
             tasks: Task name of each image.
 
         Returns:
-            Outputs of each image in input order: `[outputs]`, or `[classes, H, W]` for masks.
+            Outputs for each image in input order: `[outputs]`, or `[classes, H, W]` for masks.
 
         Raises:
             ValueError: If a task is unknown, or the number of tasks differs from the number of images.
@@ -226,7 +228,7 @@ class TaskBank:
             batch_size: Batch size.
 
         Returns:
-            Predictions as returned by `Predictor.predict` with the run of each task, in input order.
+            Predictions in input order, as `Predictor.predict` returns them for the run of each task.
 
         Raises:
             ValueError: As for `__call__`, or if an image cannot be read or `batch_size` is less than 1.
@@ -280,7 +282,7 @@ class TaskBank:
         )
 
     def _run(self, name: str, batch: Tensor) -> Tensor:
-        """Compute the outputs of one task. The lock protects the model, which all tasks share."""
+        """Compute the outputs for one task. The lock protects the model, which all tasks share."""
         with self._lock:
             task = self._find(name)
             loaded = task.loaded
@@ -293,7 +295,7 @@ class TaskBank:
 
     @torch.no_grad()
     def _effective_weights(self, name: str) -> dict[str, Tensor]:
-        """Return the effective weights of a task, which are computed if they are not cached."""
+        """Return the effective weights of a task, after computing them if they are not cached."""
         if name in self._cached:
             self._cached.move_to_end(name)
             return self._cached[name]
@@ -316,7 +318,7 @@ class TaskBank:
 
 
 def _collect_updates(model: nn.Module) -> dict[str, _Update]:
-    """Return the updates of an adapted model by the name of their weight in the backbone."""
+    """Return the updates in an adapted model, by the name of the updated weight in the backbone."""
     updates = {}
     for name, layer in base_model(model).named_modules():
         if isinstance(layer, SnellaLayer):

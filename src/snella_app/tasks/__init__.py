@@ -1,4 +1,4 @@
-"""Tasks, the values of `--task`: models, losses, metrics and predictions."""
+"""Tasks (the values of `--task`), which define models, losses, metrics, and predictions."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -20,7 +20,7 @@ def task_class(name: str) -> type[Task]:
     """Return the class of a task.
 
     Raises:
-        ValueError: If the task is unknown; the message suggests the nearest name.
+        ValueError: If the task is unknown; the message suggests a similar name, if there is one.
     """
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}{nearest(name, TASKS)}")

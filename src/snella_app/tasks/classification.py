@@ -33,7 +33,7 @@ from snella_app.tasks.task import (
 from snella_app.text import listed
 
 FOCAL_GAMMA = 2.0
-"""Exponent of the focal losses; the default in the paper (see `focal`)."""
+"""Exponent γ of the focal losses, the default in the paper (see `focal`)."""
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 """Number at the beginning of a class name."""
 
@@ -43,11 +43,11 @@ def focal(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tenso
 
     l_i = -Σ_c q[i, c] (1 - p[i, c])^γ log p[i, c],   p = softmax(logits),   q = (1 - ε) target + ε / classes,   γ = 2
 
-    Source: Lin et al., 2017, arXiv 1708.02002, eq. 4, for several classes.
+    Source: Lin et al., 2017, arXiv 1708.02002, eq. 4, extended to several classes.
 
     Args:
         logits: `[batch, classes]`, float32 or float64.
-        labels: `[batch]` int64, or targets `[batch, classes]` that sum to 1, e.g. from mixup.
+        labels: `[batch]` int64, or targets `[batch, classes]` whose rows sum to 1, e.g. from mixup.
         label_smoothing: ε.
     """
     log_p = logits.log_softmax(-1)
@@ -136,7 +136,8 @@ class ClassificationTask(Task):
         loss = 1/n Σ_i v_i w[y_i] l_i
 
         `logits` is `[batch, classes]`. `labels` is `[batch]`, or mixed targets `[batch, classes]`, whose class weights
-        are mixed accordingly. `weights` are the sample weights v.
+        are mixed accordingly. `weights` are the sample weights v, w are the class weights, and l_i is the loss of
+        sample i.
         """
         logits = full_precision(logits)
         losses = self._losses(logits, labels)
@@ -169,9 +170,9 @@ class ClassificationTask(Task):
         return self.probabilities(outputs / temperature)
 
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-        """Compute accuracy, balanced accuracy, macro F1, loss and the confusion matrix.
+        """Compute accuracy, balanced accuracy, macro F1, loss, and the confusion matrix.
 
-        Over the classes present, balanced accuracy averages the recall, and macro F1 averages
+        Balanced accuracy is the mean recall of the classes that occur in `labels`, and macro F1 is the mean of their
         `F1 = 2 TP / (2 TP + FP + FN)`. The loss is the plain cross-entropy without smoothing or weights, regardless of
         the training loss. Rows of the confusion matrix are true classes; columns are predicted classes.
 
@@ -187,7 +188,7 @@ class ClassificationTask(Task):
         }
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> Predictions:
-        """Return the label, probabilities and group of each image."""
+        """Return the label, probabilities, and group of each image."""
         groups: Sequence[str | None] = dataset.annotations.groups or [None] * len(dataset)
         rows = zip(dataset.names, dataset.labels, sample_outputs.tolist(), groups, strict=True)
         items: list[StoredPrediction] = []
@@ -218,7 +219,7 @@ class ClassificationTask(Task):
     def image_predictions(
         self, paths: Sequence[Path], images: Sequence[Image.Image], outputs: Tensor
     ) -> list[Prediction]:
-        """Return all classes with probabilities for each image, most likely first."""
+        """Return all classes with their probabilities for each image, most likely first."""
         return [
             Prediction(path, sorted(zip(self.classes, row, strict=True), key=lambda pair: -pair[1]))
             for path, row in zip(paths, self.probabilities(outputs).cpu().tolist(), strict=True)
@@ -226,7 +227,7 @@ class ClassificationTask(Task):
 
 
 def class_scores(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> dict[str, Any]:
-    """Compute `accuracy`, `balanced_accuracy`, `macro_f1` and `confusion` from true and predicted class indices."""
+    """Compute `accuracy`, `balanced_accuracy`, `macro_f1`, and `confusion` from true and predicted class indices."""
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score  # lazy: slow import
 
     present = np.unique(truth)
@@ -274,7 +275,7 @@ def corn(logits: Tensor, labels: Tensor) -> Tensor:
     A sample of rank y contributes to the first min(y + 1, K - 1) binary outputs. The mean over a batch of n samples is
     Shi et al.'s loss with the divisor n (K - 1) instead of the number of conditional samples.
 
-    Source: CORN, Shi, Cao and Raschka, 2023, arXiv 2111.08851, eq. 5.
+    Source: CORN, Shi, Cao, and Raschka, 2023, arXiv 2111.08851, eq. 5.
 
     Args:
         logits: `[batch, K - 1]`, float32 or float64.
@@ -310,9 +311,9 @@ class OrdinalTask(ClassificationTask):
     """Loss and metrics for one of K ordered classes per image.
 
     The head has K - 1 outputs: logits of P(y > k | y ≥ k). The predicted rank is the number of ranks k with
-    P(y > k) > 1/2. It is the median of the class distribution and minimizes the expected rank error.
+    P(y > k) > 1/2. It is the median of the class distribution and minimizes the expected absolute rank error.
 
-    Source: CORN, Shi, Cao and Raschka, 2023, arXiv 2111.08851.
+    Source: CORN, Shi, Cao, and Raschka, 2023, arXiv 2111.08851.
     """
 
     loss_name: str = "corn"
@@ -371,8 +372,8 @@ class OrdinalTask(ClassificationTask):
 
         mae = mean |rank - true rank|,   kappa = 1 - Σ (i - j)² O[i, j] / Σ (i - j)² E[i, j]
 
-        O counts images by true and predicted rank; E is its expectation under independence. The loss is CORN's, without
-        weights.
+        O counts images by true and predicted rank; E is its expectation under independence. The loss is the CORN loss
+        without weights.
 
         Args:
             logits: `[images, K - 1]`.
@@ -393,7 +394,7 @@ class OrdinalTask(ClassificationTask):
         }
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> Predictions:
-        """Return the label, probabilities and predicted rank of each image."""
+        """Return the label, probabilities, and predicted rank of each image."""
         without_ranks = super().predictions(dataset, sample_outputs, split, folder)
         ranks = predicted_ranks(sample_outputs).tolist()
         items = [dataclasses.replace(item, rank=rank) for item, rank in zip(without_ranks.items, ranks, strict=True)]
@@ -424,7 +425,7 @@ class OrdinalTask(ClassificationTask):
         ]
 
     def decoding_comment(self, outputs: str) -> str:
-        """Return the comment that computes the median rank."""
+        """Return a comment with code that computes the class with the median rank."""
         return f"# classes[({outputs}.sigmoid().cumprod(1) > 0.5).sum()]"
 
 

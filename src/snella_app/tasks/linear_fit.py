@@ -27,7 +27,7 @@ def fit_head(
 ) -> tuple[Tensor, Tensor]:
     """Minimize `loss(X Wᵀ + b) + penalty · ‖W‖²` over `W` and `b` by L-BFGS, starting from zeros.
 
-    Supports any differentiable loss and GPUs, unlike scikit-learn's logistic regression.
+    Unlike scikit-learn's logistic regression, this supports any differentiable loss and GPUs.
 
     Args:
         inputs: X, `[images, width]`.
@@ -114,7 +114,7 @@ def fit_binary_probe(
 ) -> tuple[Tensor, Tensor]:
     """Fit a binary logistic regression with `fit_probe` and its default penalty.
 
-    If all labels are equal, the weights are zero and the bias is ±4. Without images, the bias is 0.
+    If all labels are equal, the weights are zero and the bias is ±4. If there are no images, both are 0.
 
     Args:
         features: `[images, width]`.

@@ -129,8 +129,8 @@ class MultiLabelTask(Task):
     def fitted(self, train: ImageDataset) -> Self:
         """Return the task with the weights of positive labels.
 
-        Balanced weights are w_c = (n - n_c) / n_c for n images, n_c of them with label c. They balance positives and
-        negatives.
+        Balanced weights are w_c = (n - n_c) / n_c for n images, n_c of them with label c, or n if n_c = 0. They
+        balance positives and negatives.
 
         Raises:
             ValueError: If `class_weights` is invalid.
@@ -151,11 +151,11 @@ class MultiLabelTask(Task):
         return {"thresholds": list(self.thresholds)}
 
     def for_ensemble(self, tasks: Sequence[Any]) -> Self:
-        """Return the task with the mean of the models' thresholds."""
+        """Return the task with the threshold of each class averaged over the models."""
         return dataclasses.replace(self, thresholds=tuple(np.mean([t.thresholds for t in tasks], axis=0).tolist()))
 
     def sample_weights(self, train: ImageDataset) -> list[float]:
-        """Return the inverse frequency of each image's rarest label. Images without labels form one more class."""
+        """Return the inverse frequency of each image's rarest label. Images without labels form an additional class."""
         targets = self._targets(train)
         counts = self._counts(train)
         unlabeled = sum(not target for target in targets)
@@ -191,11 +191,11 @@ class MultiLabelTask(Task):
         return mean.logit(eps=1e-7)  # eps keeps the logits finite
 
     def metrics(self, logits: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-        """Compute average precision and F1 by class and overall, with the current thresholds.
+        """Compute average precision, and F1 at the current thresholds, by class and overall.
 
-        Means are over the classes present. `map` is the mean average precision, which is independent of thresholds.
-        `macro_f1` is the mean F1, `micro_f1` pools the labels of all classes, and `subset_accuracy` is the fraction of
-        images with all labels correct. The loss is the plain binary cross-entropy.
+        Means are over the classes that occur in `labels`. `map` is the mean average precision, which is independent of
+        thresholds. `macro_f1` is the mean F1, `micro_f1` pools the labels of all classes, and `subset_accuracy` is the
+        fraction of images with all labels correct. The loss is the plain binary cross-entropy.
 
         Args:
             logits: `[images, classes]`.
@@ -260,7 +260,7 @@ class MultiLabelTask(Task):
     ) -> tuple[Tensor, Tensor]:
         """Fit a one-vs-rest logistic regression.
 
-        A label of all or no images gets zero weights and a bias of ±4.
+        A label that all or none of the images have gets zero weights and a bias of ±4.
         """
         fits = []
         for c in range(outputs):
@@ -273,13 +273,13 @@ class MultiLabelTask(Task):
         return torch.stack(weight), torch.stack(bias)
 
     def remap_labels(self, label: Tensor, numbers: Sequence[int]) -> Tensor:
-        """Map a binary vector to the run's classes, with 0 for absent classes."""
+        """Map a binary vector to the run's classes, with 0 for classes that the data lacks."""
         mapped = torch.zeros(len(self.classes))
         mapped[list(numbers)] = label
         return mapped
 
     def result_table(self, scores: Mapping[str, Any]) -> Table:
-        """Return the average precision, F1, precision, recall and threshold of each class."""
+        """Return the average precision, F1, precision, recall, and threshold of each class."""
         keys = ("average_precision", "f1", "precision", "recall", "threshold")
         rows: list[list[str]] = []
         for row in scores["per_class"]:
@@ -301,7 +301,7 @@ class MultiLabelTask(Task):
         return predictions
 
     def decoding_comment(self, outputs: str) -> str:
-        """Return the comment that applies the thresholds."""
+        """Return a comment with code that applies the thresholds."""
         shown = [float(f"{threshold:.7g}") for threshold in self.thresholds]
         return f"# [name for name, p, t in zip(classes, {outputs}.sigmoid()[0], {shown}) if p >= t]"
 

@@ -21,10 +21,10 @@ _OVERLAYS = "overlays"
 
 @dataclass(frozen=True)
 class MaskPrediction:
-    """Predicted mask of one image at the image's size.
+    """Predicted mask of one image at the image's resolution.
 
     Attributes:
-        path: Image file.
+        path: Image file, or position as for `Prediction`.
         labels: `[height, width]`, uint8.
         classes: Class names by label.
     """
@@ -40,7 +40,7 @@ class MaskPrediction:
         return dict(zip(self.classes, (counts / self.labels.size).tolist(), strict=True))
 
     def text(self, top_k: int | None = None) -> str:
-        """Format the class fractions as one line, largest first."""
+        """Format the nonzero class fractions as one line, largest first."""
         shares = sorted(self.shares.items(), key=lambda pair: -pair[1])
         return ", ".join(f"{name} {share:.1%}" for name, share in shares if share > 0)
 
@@ -50,7 +50,7 @@ def write_mask_predictions(
 ) -> Path:
     """Write each mask as a palette PNG of labels, `OUT/NAME.png`, and an overlay on its image, `OUT/overlays/NAME.png`.
 
-    Predictions are consumed lazily. `top_k` must be None; only single-label, multi-label and ordinal tasks support it.
+    Predictions are consumed lazily. `top_k` must be None; only single-label, multi-label, and ordinal tasks support it.
 
     Raises:
         FileExistsError: If the folder is not empty, unless `overwrite` is set.
@@ -79,7 +79,7 @@ def check_mask_names(images: Sequence[Path], out: str | Path) -> None:
 
 
 def _check_mask_path(folder: Path, image: Path) -> None:
-    """Raise ValueError if the mask of an image would replace the image."""
+    """Raise ValueError if the mask or overlay of an image would replace the image."""
     name = f"{image.stem}.png"
     if image.resolve() in ((folder / name).resolve(), (folder / _OVERLAYS / name).resolve()):
         raise ValueError(f"out={folder} contains {image}, which its mask would replace; choose another folder")
@@ -92,9 +92,9 @@ def _add_name(names: dict[str, Path], image: Path) -> None:
 
 
 def check_mask_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
-    """Check the output arguments of `write_mask_predictions` before prediction, but not the images.
+    """Check the output arguments of `write_mask_predictions` before prediction.
 
-    `check_mask_names` checks the images.
+    Conflicts between masks and images are left to `check_mask_names`.
     """
     if top_k is not None:
         raise ValueError(f"top_k must be omitted for segmentation, got {top_k}")
@@ -111,7 +111,7 @@ def check_mask_output(out: str | Path | None, top_k: int | None, *, overwrite: b
 _SHOWN_CLASSES = 3
 """Number of classes in the text of a prediction without `top_k`."""
 TABLE_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
-"""Suffixes of prediction files."""
+"""Suffixes of prediction files, each of which selects a format; see also `_CSV_SUFFIXES`."""
 _CSV_SUFFIXES = ("", ".csv", ".txt")
 Row = dict[str, Any]
 """Values by column: strings, numbers, booleans, or lists of strings."""
@@ -123,8 +123,8 @@ class Prediction:
 
     Attributes:
         path: Image file, or the position of an in-memory image, e.g. `[3]`.
-        ranking: All classes with probabilities. The first one is the predicted class, which is the median rank for
-            ordered classes. The others follow, most likely first.
+        ranking: All classes with their probabilities. The first one is the predicted class, which is the median rank
+            for ordered classes. The others follow, most likely first.
         unsure_below: Probability below which the prediction is unsure, or None for no threshold.
     """
 
@@ -197,7 +197,8 @@ def write_predictions(
         predictions: Predictions from `predict`.
         out: Output file. The suffix selects the format: CSV (`.csv`, `.txt` or none), `.json` (list of objects),
             `.jsonl` (one object per line) or `.parquet`.
-        top_k: Number of classes per image. None writes the predicted class, or all probabilities if multi-label.
+        top_k: Number of classes per image. None writes the predicted class or, for multi-label predictions,
+            all probabilities.
         overwrite: Replace an existing file.
 
     Raises:
@@ -269,7 +270,7 @@ def _parquet(rows: Sequence[Row]) -> bytes:
 def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) -> None:
     """Check the output arguments of `write_predictions` before prediction, and raise the same errors.
 
-    With `out=None`, no file is written.
+    With `out=None`, only `top_k` is checked.
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}; omit it for the default, or set --top-k all")
@@ -297,8 +298,8 @@ class LabelSetPrediction:
 
     Attributes:
         path: Image file, or position as for `Prediction`.
-        labels: Labels whose probability reaches their threshold, most likely first.
-        probabilities: Probability by class, in the run's order.
+        labels: Labels whose probabilities reach their thresholds, most likely first.
+        probabilities: Probability by class, in the run's order of classes.
     """
 
     path: Path

@@ -23,7 +23,7 @@ from snella_app.tasks.predictions import NumberPrediction, check_output
 from snella_app.tasks.task import Task, full_precision, paired, weighted_mean
 
 NUMBER_LOSSES: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
-"""Regression losses of standardized targets by value of `--loss`. Huber is quadratic for errors up to one standard
+"""Losses on standardized targets, by value of `--loss`. The Huber loss is quadratic for errors up to one standard
 deviation."""
 _RIDGE_PENALTY = 5.0
 """Weight of `‖w‖²` relative to the summed squared errors, for features with mean variance 1."""
@@ -44,7 +44,7 @@ class RegressionTask(Task):
         monitor: Metric for epoch selection.
         mean: Training mean of each target; set by `fitted`.
         std: Training standard deviation of each target, 1 for constant targets; set by `fitted`.
-        median: Training median of each target, which is the baseline of the absolute error; set by `fitted`.
+        median: Training median of each target, the baseline for the absolute error; set by `fitted`.
     """
 
     names: tuple[str, ...]
@@ -85,7 +85,7 @@ class RegressionTask(Task):
         return torch.tensor(target if isinstance(target, tuple | list) else [target], dtype=torch.float64)
 
     def fitted(self, train: ImageDataset) -> Self:
-        """Return the task with the mean, standard deviation and median of the training targets."""
+        """Return the task with the mean, standard deviation, and median of the training targets."""
         values = self._values(train)
         std = np.where(np.ptp(values, 0) > 0, values.std(0), 1.0)  # rounding can make the std of equal values positive
         return dataclasses.replace(
@@ -96,13 +96,13 @@ class RegressionTask(Task):
         )
 
     def state(self) -> dict[str, Any]:
-        """Return the means, standard deviations and medians."""
+        """Return the means, standard deviations, and medians."""
         return {"mean": list(self.mean), "std": list(self.std), "median": list(self.median)}
 
     def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Compute the weighted mean loss of the standardized targets.
 
-        loss = 1/n Σ_i v_i 1/T Σ_t e(z[i, t], (y[i, t] - mean_t) / std_t),   e: squared, absolute or Huber error
+        loss = 1/n Σ_i v_i 1/T Σ_t e(z[i, t], (y[i, t] - mean_t) / std_t),   e: squared, absolute, or Huber error
 
         `outputs` z and `labels` y are `[batch, targets]`; `weights` are the sample weights v.
         """
@@ -146,13 +146,13 @@ class RegressionTask(Task):
         return self.standardized(torch.stack(numbers).mean(0))
 
     def metrics(self, outputs: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-        """Compute errors of each target in its unit, and their means.
+        """Compute the errors of each target in its unit, its R², and the means over targets.
 
         mae = mean |p - y|,   rmse = sqrt(mean (p - y)²),   r2 = 1 - Σ (p - y)² / Σ (y - mean y)²
 
         The baselines predict the training median (absolute error) or mean (squared error). The loss is the mean squared
         error of the standardized targets, regardless of the training loss. R² of constant targets is NaN and excluded
-        from the mean.
+        from the mean, which is NaN if all are constant.
 
         Args:
             outputs: Standardized predictions, `[images, targets]`.
@@ -218,7 +218,7 @@ class RegressionTask(Task):
         return torch.from_numpy(np.atleast_2d(ridge.coef_) / scale), torch.from_numpy(np.atleast_1d(ridge.intercept_))
 
     def remap_labels(self, label: Tensor, numbers: Sequence[int]) -> Tensor:
-        """Reorder the targets to the run's order.
+        """Put the targets into the run's order.
 
         Raises:
             ValueError: If the data lacks a target.
@@ -231,7 +231,7 @@ class RegressionTask(Task):
         return mapped
 
     def result_table(self, scores: Mapping[str, Any]) -> Table:
-        """Return the errors of each target and of its baselines (training median or mean)."""
+        """Return the errors and R² of each target, and the errors of its baselines (training median or mean)."""
         keys = ("mae", "rmse", "r2", "baseline_mae", "baseline_rmse")
         rows: list[list[str]] = []
         for row in scores["per_target"]:
@@ -257,7 +257,7 @@ class RegressionTask(Task):
         check_output(out, top_k, overwrite=overwrite)
 
     def decoding_comment(self, outputs: str) -> str:
-        """Return the comment that converts outputs to target units."""
+        """Return a comment with code that converts outputs to target units."""
         mean = [float(f"{value:.7g}") for value in self.mean]
         std = [float(f"{value:.7g}") for value in self.std]
         return f"# {outputs}[0] * torch.tensor({std}) + torch.tensor({mean})"

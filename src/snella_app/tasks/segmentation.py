@@ -64,10 +64,10 @@ def foreground_means(scores: np.ndarray) -> list[float]:
 def pooled_scores(counts: np.ndarray, classes: list[str]) -> dict[str, Any]:
     """Compute all scores on a dataset, averaged over the foreground classes that are present or predicted.
 
-    - By image: mean over images of the mean over classes. Images without any of these classes are excluded. The score
-      is 1 if no image remains.
+    - By image: mean over classes, then over images. Images without any of these classes are excluded. The score is 1
+      if no image remains.
     - Pooled: computed over the pixels of all images. `iou_pooled_with_background` averages over all classes.
-    - GPS's variant, for comparison with the code of that fine-tuning method: pooled, without background pixels, and
+    - The variant of the fine-tuning method GPS, for comparison with its code: pooled, without background pixels, and
       therefore without false positives on them. For two classes, IoU equals the recall R, and Dice equals 2R / (1 + R).
 
     Args:
@@ -120,7 +120,7 @@ _CLASSES_PER_GROUP = 8
 
 
 def choose_indices(dice: Sequence[float], limit: int = _MAX_EXAMPLES) -> list[int]:
-    """Choose example images: half with the lowest Dice, and the others evenly spaced over the rest.
+    """Choose example images: half with the lowest Dice, and the others evenly spaced in the ranking of the rest.
 
     NaN counts as the highest Dice.
     """
@@ -196,7 +196,7 @@ def resized_labels(scores: Tensor, size: tuple[int, int]) -> Tensor:
 class SegmentationTask(Task):
     """Loss and metrics for one label per pixel; class 0 is the background.
 
-    Metrics use the model's input resolution, to which true masks are resized by nearest neighbor.
+    Metrics use the model's input resolution, to which true masks are resized with nearest-neighbor interpolation.
 
     Args:
         classes: Class names by label.
@@ -230,7 +230,7 @@ class SegmentationTask(Task):
             raise ValueError(f"classes must have at least 2 entries including background, got {list(self.classes)}")
 
     def check_data(self, dataset: ImageDataset, spec: str) -> None:
-        """Raise ValueError if images have no masks."""
+        """Raise ValueError if the images have no masks."""
         if not isinstance(dataset, MaskDataset):
             raise ValueError(
                 f"data must be images with masks for task segmentation, e.g. masks:PATH, got {spec!r}; "
@@ -271,7 +271,7 @@ class SegmentationTask(Task):
         return torch.as_tensor(np.asarray(reduced))
 
     def predictions(self, dataset: ImageDataset, sample_outputs: Tensor, split: str, folder: Path) -> MaskPredictions:
-        """Return Dice and IoU of each image, averaged over foreground classes, and its mask file if stored."""
+        """Return Dice and IoU of each image, averaged over foreground classes, and its stored mask, if any."""
         dice, iou = map(foreground_means, image_scores(self._counts(sample_outputs.numpy())))
         items: list[StoredMaskPrediction] = []
         for index, name in enumerate(dataset.names):
@@ -282,7 +282,7 @@ class SegmentationTask(Task):
 
     @torch.inference_mode()
     def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
-        """Predict the masks of the images selected by `choose_indices`, and replace the stored ones."""
+        """Predict the masks of the images selected by `choose_indices`, and store them in place of all stored masks."""
         target = (folder / _mask_file(0)).parent
         target.mkdir(exist_ok=True)
         for old in target.glob("*.png"):
@@ -307,7 +307,7 @@ class SegmentationTask(Task):
         return load_panels
 
     def remap_labels(self, label: Tensor, numbers: Sequence[int]) -> Tensor:
-        """Map the class indices of a mask."""
+        """Map the class indices of a mask to those of the run."""
         return torch.tensor(numbers)[label]
 
     def result_table(self, scores: Mapping[str, Any]) -> Table:
@@ -335,7 +335,7 @@ class SegmentationTask(Task):
         return masks
 
     def decoding_comment(self, outputs: str) -> str:
-        """Return the comment that computes the label of each pixel, at the model's resolution."""
+        """Return a comment with code that computes the label of each pixel, at the model's resolution."""
         return f"# {outputs}[0].argmax(0)"
 
     build_model = staticmethod(create_segmenter)

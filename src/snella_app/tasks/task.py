@@ -1,4 +1,4 @@
-"""`Task`: the interface of tasks for training, evaluation and reports."""
+"""`Task`: the interface of tasks for training, evaluation, prediction, and reports."""
 
 import math
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ from snella_app.text import listed, nearest
 
 _CROP_ENLARGEMENT = 8 / 7  # upscaling before corner crops, e.g. from 224 to 256 pixels
 _CORNERS = ((0, 0), (1, 1), (0, 1), (1, 0))
-"""Corners of the crops in order, as (is bottom, is right)."""
+"""Corners of the crops in order, as (bottom, right), where 1 stands for the bottom or right side."""
 MAX_VIEWS = 2 * (1 + len(_CORNERS))
 """Maximum number of test-time augmentation views: the image, four corner crops, and their flips."""
 
@@ -32,8 +32,8 @@ MAX_VIEWS = 2 * (1 + len(_CORNERS))
 class Task(ABC):
     """Base class of tasks.
 
-    `reduce` converts the outputs of a batch to two small tensors. `metrics` and `sample_outputs` are computed from
-    their concatenation over a dataset. `state` contains the statistics that prediction needs, from the training images
+    `reduce` converts the outputs of a batch to two small tensors. These are concatenated over a dataset for `metrics`
+    and `sample_outputs`. `state` contains the statistics that prediction needs, from the training images
     (`fitted`) and the validation images (`calibrated`); `run.json` stores it.
 
     Attributes:
@@ -77,7 +77,7 @@ class Task(ABC):
 
     @property
     def has_kernel_fit(self) -> bool:
-        """True if the final head can be fitted to one-hot labels by kernel ridge regression."""
+        """True if a head fitted after training may use kernel ridge regression of one-hot labels."""
         return False
 
     build_model: ClassVar[Callable[..., nn.Module]] = staticmethod(create_backbone)
@@ -163,7 +163,7 @@ class Task(ABC):
         """Return unnormalized sampling weights of the training images for the weighted sampler.
 
         Raises:
-            ValueError: If the task has no classes per image.
+            ValueError: If the task does not assign classes to whole images.
         """
         raise ValueError(f"sampler=weighted requires images with classes, got task {self.name!r}")
 
@@ -213,7 +213,7 @@ class Task(ABC):
     def fit_linear(
         self, features: np.ndarray, labels: np.ndarray, outputs: int, weights: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Fit a linear head on features.
+        """Fit a linear head to features.
 
         Args:
             features: `[images, width]`.
@@ -230,7 +230,7 @@ class Task(ABC):
         raise ValueError(f"a linear probe requires a task with one output vector per image, got {self.name!r}")
 
     def probe_weights(self, labels: np.ndarray) -> np.ndarray | None:
-        """Return the sample weights for `fit_linear` from the class weights, or None for equal weights."""
+        """Return the sample weights for `fit_linear` that follow from the class weights; None for equal weights."""
         return None
 
     def save_examples(self, model: nn.Module, dataset: ImageDataset, sample_outputs: Tensor, folder: Path) -> None:
@@ -238,7 +238,7 @@ class Task(ABC):
         return
 
     def report_images(self, dataset: ImageDataset, folder: Path) -> ImageLoader:
-        """Return the source of the report's images by index."""
+        """Return a function that loads an image for the report by its index."""
         return dataset.image
 
     @abstractmethod
@@ -266,7 +266,7 @@ class Task(ABC):
 
     @abstractmethod
     def result_table(self, scores: Mapping[str, Any]) -> Table:
-        """Return scores by class or target as a table."""
+        """Return a table of the scores by class or target, or the confusion matrix."""
 
     @abstractmethod
     def final_outputs(self, outputs: Tensor, temperature: float = 1.0) -> Tensor:
@@ -280,7 +280,7 @@ class Task(ABC):
         """Convert model outputs of images outside a dataset to prediction objects, one per image."""
 
     def decoding_comment(self, outputs: str) -> str:
-        """Return a Python comment with code that decodes `outputs`, an expression for the outputs for one image."""
+        """Return a Python comment with code that decodes `outputs`, an expression for the outputs of a batch of one."""
         return f"# classes[{outputs}.argmax()]"
 
 
@@ -314,7 +314,7 @@ def paired(outputs: ArrayLike, labels: ArrayLike) -> tuple[Tensor, np.ndarray]:
 
 
 def unknown_class(name: str, classes: Sequence[str]) -> str:
-    """Return the error for an unknown class name, with the nearest class."""
+    """Return the error message for an unknown class name, with the nearest class, if any is similar."""
     return f"no class {name!r}" + nearest(name, classes, form=" (nearest: '{}')")
 
 
@@ -326,7 +326,7 @@ def resolve_class_weights(
 ) -> tuple[float, ...] | None:
     """Return the weight of each class, or None for equal weights.
 
-    `balanced` are the weights for the setting `balanced`.
+    `balanced` contains the weights for the setting `balanced`.
 
     Raises:
         ValueError: If a name is not a class, a class has no weight, a weight is negative or not finite, or all are 0.

@@ -1,4 +1,4 @@
-"""Build the components of a training run: data and task (`load`), model (`build`), sampler and optimizer.
+"""Build the components of a training run: data and task (`load`), model (`build`), sampler, and optimizer.
 
 Some methods first use images to select the parameters to train. This selection is stored in the run folder, and a
 resumed run reuses it.
@@ -56,8 +56,8 @@ from snella_app.training.distributed import process_count
 SELECTION = "selection"
 """Subfolder of a run for the selected parameters and their initial values."""
 _READ_MARGIN = 4
-"""Minimum shorter side of decoded images relative to the input size, so that square crops of 1/16 of the area are not
-upsampled."""
+"""Minimum length of the shorter side of decoded images, relative to the input size, so that square crops of 1/16 of the
+area are not upsampled."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class EpochSampler(Sampler[int]):
 
 
 def epoch_sampler(train: ImageDataset, task: Task, sampler: str, seed: int, size: int | None = None) -> EpochSampler:
-    """Return the sampler of the training images.
+    """Return the sampler for the training images.
 
     `sampler` is the value of `DataConfig.sampler`. `size` is the number of images per epoch, by default all.
     """
@@ -211,7 +211,7 @@ def has_selection(run: Path) -> bool:
 
 @dataclass
 class RunComponents:
-    """Data, model and task of a run, ready for training.
+    """Data, model, and task of a run, ready for training.
 
     Attributes:
         splits: Images with their transforms.
@@ -285,7 +285,7 @@ def build(
     resume or to start from. If it has a stored selection, this selection is reused.
 
     Raises:
-        ValueError: If the data, the model and the method do not fit together.
+        ValueError: If the data, the model, and the method do not fit together.
         AdapterFileError: If the stored selection is damaged.
 
     Other errors as for `snella_app.backbones.create.create_backbone`.
@@ -340,13 +340,13 @@ def set_drop_path(model: nn.Module, head: str, rate: float) -> None:
     """Set stochastic depth in place: the drop rate rises linearly from 0 in the first block to `rate` in the last.
 
     Raises:
-        ValueError: If the backbone's blocks do not support drop path.
+        ValueError: If the backbone's blocks do not support stochastic depth.
     """
     blocks = find_blocks(model, head)
     num_replaced = 0
     for index, (_, block) in enumerate(blocks):
         for name in ("drop_path", "drop_path1", "drop_path2"):
-            # the default is not None, because `drop_path` is None in blocks of timm's ResNet, where it is replaced, too
+            # the default is not None, because `drop_path` is None in blocks of timm's ResNet, where it is also replaced
             if isinstance(getattr(block, name, ""), nn.Identity | DropPath | None):
                 setattr(block, name, DropPath(rate * index / max(len(blocks) - 1, 1)))
                 num_replaced += 1
@@ -368,7 +368,7 @@ def checkpoint_gradients(model: nn.Module) -> None:
             try:
                 set_checkpointing(True)
                 return
-            except AssertionError:  # timm models that do not support it have the method, too
+            except AssertionError:  # timm models that do not support it also have the method
                 break
     raise ValueError(
         f"grad_checkpointing needs a backbone that supports it, got {type(base).__name__}; leave it out and use a "
@@ -431,7 +431,7 @@ def resolve_data_config(model: nn.Module, img_size: int | None) -> dict[str, Any
 
 
 def read_side(data_config: Mapping[str, Any], images: ImageDataset) -> int | None:
-    """Return the minimum shorter side of decoded images, in pixels; see `_READ_MARGIN`.
+    """Return the minimum length of the shorter side of decoded images, in pixels; see `_READ_MARGIN`.
 
     Returns None for images with masks, which are decoded at full resolution.
     """
@@ -458,7 +458,7 @@ def build_optimizer(
         head_lr: Learning rate of the head. Defaults to `lr`.
         weight_decay: Weight decay of matrices.
         scalar_lr: Learning rate of the scalar kernel parameters. None selects the default of `Method.optimizer`.
-        layer_decay: Factor by which the learning rate decreases with each layer below the head; None for no decay.
+        layer_decay: Factor by which the learning rate is multiplied for each later layer; None for no decay.
 
     Raises:
         ValueError: If no parameter is trainable, or `layer_decay` is set for a model without timm's layer numbers.
@@ -477,7 +477,7 @@ def build_optimizer(
 
 
 def _parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Group the trainable parameters by location (head or backbone) and number of dimensions (at most one, or more)."""
+    """Group the trainable parameters by location (head or backbone) and by whether they have several dimensions."""
     head = ("base_model.model." if isinstance(model, PeftModel) else "") + spec_of(model).head
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

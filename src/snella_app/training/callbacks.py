@@ -1,6 +1,6 @@
-"""Trainer callbacks: weight averaging, epochs, method schedules, step time, trackers and progress.
+"""Trainer callbacks: weight averaging, epochs, method schedules, step time, trackers, and progress.
 
-The budget of a weight matrix is the maximum number of its entries that the update changes. SNELLA allocates budgets
+The budget of a weight matrix is the maximum number of its entries that the update may change. SNELLA allocates budgets
 to the adapted matrices by importance; most other methods have no budgets.
 """
 
@@ -39,7 +39,7 @@ _SNAPSHOTS_FILE = "epoch_ends.safetensors"
 _ESTIMATE_STEPS = 4
 """Number of steps after which the remaining time is estimated."""
 _ESTIMATE_S = 20.0
-"""Seconds after which two steps suffice for the estimate. One does not, because the first step compiles."""
+"""Seconds after which two steps suffice for the estimate. One step does not, because the first step compiles."""
 _LONG_S = 300.0
 """Remaining seconds above which the display suggests how to shorten the run."""
 _LINE_S = 30.0
@@ -49,9 +49,10 @@ _TIMED_STEPS = 20
 _LOGGED_STEPS = 10
 """Steps between logged values."""
 _RISING_RATIO = 1.5
-"""Ratio of an epoch's loss to the first epoch's above which the display warns about a rising loss."""
+"""Ratio of an epoch's loss to that of the first epoch, above which the display warns about a rising loss."""
 _RISING_AFTER_STEPS = 20
-"""First step that may trigger this warning: after a linear probe, the loss may rise as the backbone changes."""
+"""First step that may trigger this warning. If the head was first fitted to features of the pre-trained backbone, the
+loss may rise in earlier steps, as the backbone changes."""
 
 
 class WeightAverage(TrainerCallback):
@@ -62,7 +63,7 @@ class WeightAverage(TrainerCallback):
     The decay warms up; without warmup, a short run with a decay of 0.9999 would be dominated by the initial values.
     During warmup, the average spans about the last ninth of the steps.
 
-    The trained parameters (in SNELLA: factors, kernel scalars and head) and the running statistics that training
+    The trained parameters (in SNELLA: factors, kernel scalars, and head) and the running statistics that training
     updates are averaged. Budgets are buffers and keep their current values. The magnitude threshold of each update is
     recomputed from the averaged factors, so the number of nonzero entries stays within the budget. Averaging the sparse
     updates themselves, or restoring old budgets, would lose the sparsity.
@@ -70,7 +71,7 @@ class WeightAverage(TrainerCallback):
     Args:
         model: Model from `build_method`. The parameters that are trainable now are averaged.
         decay: Decay in (0, 1). Larger values average over more steps.
-        statistics: Other running statistics to average, by name. Training must update them in place.
+        statistics: Additional running statistics to average, by name. Training must update them in place.
 
     Attributes:
         steps: Number of averaged steps.
@@ -130,7 +131,7 @@ class EpochSnapshots:
     Args:
         model: Model from `build_method`. The parameters that are trainable now are stored, on the CPU.
         count: Number of epochs to keep.
-        statistics: Other running statistics to average, by name. Training must update them in place.
+        statistics: Additional running statistics to average, by name. Training must update them in place.
     """
 
     def __init__(self, model: nn.Module, count: int, statistics: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -188,11 +189,11 @@ def _trained_tensors(model: nn.Module, statistics: Mapping[str, torch.Tensor] | 
 
 
 def _check_names(path: Path, stored: Iterable[str], expected: Iterable[str]) -> None:
-    """Raise CheckpointError unless a checkpoint file contains exactly the averaged tensors."""
+    """Raise CheckpointError unless a checkpoint file contains exactly the tensors to average."""
     if different := sorted(set(stored) ^ set(expected))[:3]:
         raise CheckpointError(
-            f"{path} does not match this model's trainable parameters, which differ in {', '.join(different)}; "
-            "start over with --overwrite"
+            f"{path} does not match this model's trainable parameters: only one of the two contains "
+            f"{', '.join(different)}; start over with --overwrite"
         )
 
 
@@ -265,7 +266,7 @@ class StepTimeCallback(TrainerCallback):
         self._start = synchronized_time(self.device)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop the timer and record the memory."""
+        """Stop the timer and, on a GPU, record the memory."""
         self.step_s.append(synchronized_time(self.device) - self._start)
         if self.device.type == "cuda":
             self.reserved_bytes.append(torch.cuda.memory_reserved(self.device))
@@ -447,7 +448,7 @@ class ProgressDisplay(TrainerCallback):
             self._bar.update(self._bar_task, shown=f"evaluating on {split} images")
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Print the results of the epoch, and warn once if the training loss is well above the first epoch's."""
+        """Print the results of the epoch, and warn once if the training loss has risen well above the first epoch's."""
         if not state.is_world_process_zero:
             return
         score = self.trainer.selection_score(metrics)
@@ -489,12 +490,12 @@ class ProgressDisplay(TrainerCallback):
             self._bar = None
 
     def _step_s(self) -> float:
-        """Return the median time of recent steps, except the oldest if there are several: the first step compiles."""
+        """Return the median time of recent steps without the oldest, if there are several: the first step compiles."""
         spans = [after - before for before, after in pairwise(self._step_ends)]
         return statistics.median(spans[1:] or spans)
 
     def _throughput(self) -> str:
-        """Format the throughput. Returns an empty string before the second step, because the first one compiles."""
+        """Format the throughput. Returns an empty string until two steps have ended, because the first one compiles."""
         if len(self._step_ends) <= 2:
             return ""
         return f"  {self.trainer.plan.optim.images_per_step / max(self._step_s(), 1e-9):,.0f} images/s"

@@ -195,7 +195,7 @@ def stage_checkpoint(run: BaseRunFolder[Any], name: str) -> Iterator[Path]:
     staging = run.checkpoints / f".staging-{name}"
     staged = staging / name
     try:
-        with convert_write_errors(target):  # measures the free space before the staging folder is removed
+        with convert_write_errors(target):  # its message states the free space before the removal
             shutil.rmtree(staging, ignore_errors=True)
             staged.mkdir(parents=True)
             yield staging
@@ -262,7 +262,7 @@ class CheckpointingTrainer(Trainer):
     - Elapsed time includes the time before an interruption.
 
     Args:
-        trained: Model with the trained weights, from `build_method` or a recipe.
+        trained: Model with the trained weights, from `build_method` or a recipe of `snella_lab`.
         run: Run folder for checkpoints.
         **options: Options of transformers' Trainer; `model` defaults to `trained`.
 
@@ -309,7 +309,7 @@ class CheckpointingTrainer(Trainer):
         return norm
 
     def _not_finite(self, what: str, value: float) -> Exception:
-        """Build the error, which states the step, the last saved state and the remedy. Subclasses implement this."""
+        """Build the error, which states the step, the last saved state, and the remedy. Subclasses implement this."""
         raise NotImplementedError
 
     def store_flos(self) -> None:
@@ -395,8 +395,8 @@ def base_training_arguments(
 def _accelerate_device(device: torch.device) -> Iterator[None]:
     """Make Accelerate use a device, e.g. `cuda:1`, inside the context.
 
-    Accelerate itself selects the CPU, and the GPUs of several processes. A device that is already set in the
-    environment takes precedence.
+    This has no effect for the CPU or in several processes, for which Accelerate itself selects the devices. A device
+    that is already set in the environment takes precedence.
     """
     if device.type == "cpu" or process_count() > 1 or _DEVICE_VARIABLE in os.environ:
         yield

@@ -1,4 +1,4 @@
-"""Distributed training with `torchrun` or `accelerate launch`: ranks, collectives, batches and FSDP2 sharding.
+"""Distributed training with `torchrun` or `accelerate launch`: ranks, collectives, batches, and FSDP2 sharding.
 
 The processes split each batch. Each process holds the whole model, unless the frozen weights, i.e. those that are not
 trained, are sharded.
@@ -96,7 +96,7 @@ def wait_for_everyone() -> None:
 
 
 def mean_across_processes(value: float) -> float:
-    """Return the mean of a number over all processes, which is NaN if any value is NaN."""
+    """Return the mean of a number over all processes; NaN if any value is NaN."""
     if process_count() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # NCCL accepts only tensors on GPUs

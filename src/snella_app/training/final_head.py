@@ -65,7 +65,7 @@ _MIXED_ITERATIONS = 30
 _LINEAR_SHARE = 0.3
 """Weight of the linear head's probabilities in a mixture."""
 _EPS = 1e-6
-"""Lower bound of probabilities (before taking logarithms), of image weights and of standard deviations."""
+"""Lower bound of probabilities (before taking logarithms), of image weights, and of standard deviations."""
 _MIN_STD = 1e-3
 """Standard deviation, relative to the median, below which heads ignore a feature."""
 _CHUNK_SIZE = 1_024
@@ -104,7 +104,7 @@ class LayerFit:
 
     Attributes:
         probe: The probe from the final fit.
-        val: Reduced outputs and labels of the validation images from the first fit; None if there are none.
+        val: Reduced outputs and labels for the validation images from the first fit; None if there are no such images.
         trained_val: The same for the trained head; None if `val` or the result of `trained_head` is None.
     """
 
@@ -123,9 +123,9 @@ def compute_features(
 ) -> SplitFeatures:
     """Compute features of several layers with the evaluation transform, under the caller's autocast.
 
-    The views are the images and, if `views` is at least 2, their flips. `first_view` contains precomputed features of
-    the images. With the weighted `sampler` of `DataConfig`, the sample weights are multiplied by weights that balance
-    the classes.
+    The views are the images and, if `views` is at least 2, their flips. `first_view` contains the features of the
+    unflipped images, if they are already known. If `sampler` (see `DataConfig`) is "weighted", the sample weights are
+    multiplied by weights that balance the classes.
     """
     transform = build_transform(parts.data_config, train=False, augment="none")
     dataset = original_images(images).with_transform(transform)
@@ -149,7 +149,7 @@ def compute_features(
 def fit_layers(parts: RunComponents, train: ImageDataset, data: DataConfig, optim: OptimConfig) -> LayerFit:
     """Fit a head to features of several layers of the trained model.
 
-    If there are validation images, a head is first fitted to only the training images, to evaluate it on the validation
+    If there are validation images, a head is first fitted to the training images alone and evaluated on the validation
     images. The final fit uses both splits, with at most `MAX_PROBE_IMAGES` validation images.
 
     If `parts.initial_layer_features` is set, the model has not been trained since these features were computed, so they
@@ -160,7 +160,7 @@ def fit_layers(parts: RunComponents, train: ImageDataset, data: DataConfig, opti
     a linear head. Otherwise, it is linear.
 
     Args:
-        parts: Model, task and validation images.
+        parts: Model, task, and validation images.
         train: Training images for the head. If `parts.initial_layer_features` is set, these must be the images of
             `probe_indices`.
         data: Number of views and sampler.
@@ -395,8 +395,8 @@ def fit_kernel(task: Task, split: SplitFeatures, num_outputs: int) -> KernelHead
 def leave_one_out_classes(views: Sequence[Tensor], labels: Tensor, num_outputs: int) -> Tensor:
     """Return each image's class as predicted by a kernel ridge regression on all views of the other images.
 
-    Let `A` and `M` be those of `fit_kernel` for equal weights, with a row for each view of each image. If b are the
-    rows of one image, the predictions for its views are `Y_b − (M_bb)⁻¹ A_b`. The result is the class with the largest
+    Let `A` and `M` be those of `fit_kernel` for equal weights, with a row for each view of each image. For an image
+    with the rows b, the predictions for its views are `Y_b − (M_bb)⁻¹ A_b`. The result is the class with the largest
     mean prediction.
 
     Args:
@@ -422,13 +422,13 @@ def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _standardized(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return standardized float16 features (nearly constant ones are 0), their means and standard deviations."""
+    """Return standardized float16 features (nearly constant ones are 0), their means, and standard deviations."""
     mean, std = _statistics(features)
     return clipped((features - mean) / std).half(), mean, std
 
 
 def _kernel_ridge(centers: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `A`, `π` and `M` of `fit_kernel`, in float64 on the CPU."""
+    """Return `A`, `π`, and `M` of `fit_kernel`, in float64 on the CPU."""
     standardized = centers.cpu().double()
     prior = weights @ targets / weights.sum()
     kernel = gaussian_kernel(standardized, standardized)

@@ -1,9 +1,9 @@
-"""End of a training run: evaluation of the saved model, results, reports and console summary.
+"""End of a training run: evaluation of the saved model, results, reports, and console summary.
 
 Training saves the adapter of the best epoch. Afterwards, an average of epochs may replace it, and a head may be fitted
 to features of several layers. This head replaces the trained head unless it is clearly worse on validation images.
 
-The budget of a weight matrix is the maximum number of its entries that the sparse update changes.
+The budget of a weight matrix is the maximum number of its entries that the sparse update may change.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _adapter_card(run: Path, model: nn.Module) -> str:
 
 @dataclasses.dataclass
 class _LastEpoch:
-    """Folder with the last epoch's weights, and the head on several layers fitted to that epoch."""
+    """Folder with the last epoch's weights, and the head on several layers that was fitted to this epoch."""
 
     folder: Path
     fit: LayerFit
@@ -344,7 +344,7 @@ def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
 def best_epoch(
     history: Sequence[dict[str, Any]], selection_score: Callable[[Mapping[str, Any]], tuple[float, float]]
 ) -> int:
-    """Return the epoch with the highest `RunProtocol.selection_score`. Among equal epochs, the latest is returned."""
+    """Return the epoch with the highest `RunProtocol.selection_score`, or the latest of several such epochs."""
     return int(max(history, key=lambda row: (selection_score(row), row["epoch"]))["epoch"])
 
 
@@ -371,7 +371,7 @@ def describe_allocation(model: nn.Module, allocator: BudgetAllocator) -> Allocat
 def _print_results(
     console: Console, trainer: SnellaTrainer, metrics: Metrics, scores: dict[str, dict[str, Any] | None]
 ) -> None:
-    """Print the selected epoch, its results and the sparsity of the update."""
+    """Print the selected epoch, its results, and the sparsity of the update."""
     parts = trainer.parts
     protocol = trainer.protocol
     epochs = trainer.plan.optim.epochs

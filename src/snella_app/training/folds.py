@@ -24,7 +24,7 @@ from snella_app.training.train import train
 
 
 def is_cross_validation(folder: str | Path) -> bool:
-    """Return whether a folder contains results of cross-validation."""
+    """Return whether a folder contains results of a cross-validation."""
     return (Path(folder) / FoldResults.file).is_file()
 
 
@@ -32,7 +32,7 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
     """Train one run per fold in `OUT/fold-1`, `OUT/fold-2`, …, and write a table of the results.
 
     Each of K folds holds out about 1/K of the images, stratified by class. Images of a group stay together. Each fold
-    is trained as an ordinary run (`snella evaluate OUT/fold-2`): the held-out images are the test split, and a separate
+    is an ordinary run, e.g. for `snella evaluate OUT/fold-2`: the held-out images are its test split, and a separate
     validation split is used for epoch selection. If the data already has a test split, the held-out images are the
     validation split instead, and all models are evaluated on the test split.
 
@@ -110,7 +110,7 @@ def _fold_config(config: TrainConfig, fold: int, run: RunFolder) -> TrainConfig:
 
 
 def _check_images(runs: Sequence[RunFolder], config: TrainConfig, data: Any) -> None:
-    """Check that the splits of the first started fold have not changed, before other folds start."""
+    """Check that the splits of the first fold that has started are unchanged, before other folds start."""
     for run in runs:
         if run.status is not None:
             info = read(RunInfo, run.path).data
@@ -149,7 +149,7 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
             f"out={folder.path} contains a cross-validation with {stored.folds} folds; continue it with --resume, "
             "choose another folder, or start over with --overwrite"
         )
-    # `config.yaml` alone is accepted: the process was killed before it wrote the results
+    # `config.yaml` alone is accepted: a process that was killed before it wrote the results leaves this file
     names = [path.name for path in folder.path.iterdir()] if folder.path.is_dir() else []
     if stored is None and any(name != "config.yaml" and not name.startswith(".") for name in names):
         raise FileExistsError(f"out={folder.path} contains files but no cross-validation; choose a new or empty folder")

@@ -50,7 +50,7 @@ _TILE_COLUMNS = 64
 _EAGER_MATRICES = 14  # temporary matrices of the eager backward pass besides `ΔW`, measured with the default kernel
 _CLASSES = 100
 _CHECKPOINT_OPTIONS = {*inspect.signature(torch.utils.checkpoint.checkpoint).parameters, "preserve_rng_state"}
-"""Keyword arguments that `checkpoint` consumes instead of passing them to the function."""
+"""Keyword arguments that `checkpoint` consumes instead of passing them on to the function."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DEVICE_TYPES = ("cpu", "cuda")
 
@@ -62,7 +62,7 @@ class ModuleCall:
     Attributes:
         saved_bytes: Bytes that autograd has saved for the backward pass so far.
         io_bytes: Bytes of the inputs and outputs. Their gradients need the same amount in the backward pass. Attention
-            with compressed inputs counts twice, because the backward pass also restores these inputs and its output.
+            with compressed inputs counts twice, because the backward pass also restores its inputs and output.
     """
 
     saved_bytes: int
@@ -105,8 +105,8 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
 
     The function records sizes and releases the tensors, so it needs only the memory of a forward pass without
     gradients. Under activation checkpointing, the tensors saved in a checkpointed segment exist only during the
-    backward pass of the segment; until then, only its inputs are saved. The modes and buffers of the model and the
-    random state are restored.
+    backward pass of the segment; until then, only its inputs are saved. The training modes and buffers of the model,
+    and the random state, are restored.
 
     During the call, `torch.utils.checkpoint.checkpoint` is replaced globally. Models that imported it by name bypass
     the replacement, and their segments count as if they were not checkpointed.
@@ -192,7 +192,7 @@ class _AttentionRecorder(TorchFunctionMode):
 
 @contextmanager
 def preserve_state(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Restore the modes and buffers of a model on exit, and the random state of the CPU and, if used, of the GPU."""
+    """Restore a model's training modes and buffers, and the random state of the CPU and any GPU used, on exit."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     modes = {module: module.training for module in model.modules()}
     try:
@@ -241,7 +241,7 @@ def reset_peak_rss() -> None:
 class StepMemory:
     """Peak memory of one training step with AdamW, and the components of this peak, in bytes.
 
-    `total` is not the sum of the components. They peak at different times: gradients are allocated while saved tensors
+    `total` is not the sum of the components, which peak at different times: gradients are allocated while saved tensors
     are freed, and temporary tensors exist only briefly. Only `total` includes input images that autograd does not save.
 
     Attributes:
@@ -250,7 +250,7 @@ class StepMemory:
         optimizer_state: AdamW's two moments.
         saved_bytes: Tensors saved for the backward pass.
         temporary: Largest total of temporary tensors in a module or in the optimizer step. In a module, these are
-            gradients of activations, the effective weight and its gradient, and `ΔW`.
+            gradients of activations, the effective weight or its gradient, and `ΔW`.
         total: Peak memory.
     """
 
@@ -265,7 +265,7 @@ class StepMemory:
 def predict_step_memory(
     model: nn.Module, image_shape: tuple[int, int, int], batch_size: int, *, device_type: str | None = None
 ) -> StepMemory:
-    """Predict the peak memory of one training step: forward, backward and AdamW.
+    """Predict the peak memory of one training step: forward, backward, and AdamW.
 
         at the end of the forward pass:    saved_bytes
         at module i of the backward pass:  saved_until(i) + gradients(i, i+1, …) + temporary(i)
@@ -283,7 +283,7 @@ def predict_step_memory(
         model: Model from `build_method`, on any device.
         image_shape: `(channels, height, width)`.
         batch_size: Batch size.
-        device_type: `"cpu"` or `"cuda"`, the type of device to predict for. Defaults to the device of `model`.
+        device_type: `"cpu"` or `"cuda"`, the type of device to predict for. Defaults to that of `model`.
     """
     first_parameter = next(model.parameters())
     device = first_parameter.device
@@ -334,7 +334,7 @@ def _extrapolate(small: int, large: int, batch_size: int) -> int:
 
 
 def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
-    """Return the size in bytes of the temporary tensors of an adapted layer that are as large as its weight.
+    """Return the bytes of an adapted layer's temporary tensors whose size depends on its weight, not on the batch.
 
     The forward pass holds the effective weight. In the backward pass, the gradient of the weight takes its place. Numba
     kernels materialize `ΔW` only in the forward pass, to find its threshold. Triton kernels and torch operations
@@ -395,9 +395,9 @@ def predict_for_methods(
 
     Raises:
         ValueError: If a number is below 1, `dtype` or the backbone is unknown, the backbone does not support
-            `img_size`, or a method does not support `r`. This function is a generator, so errors occur in the first
+            `img_size`, or a method does not support `r`. This function is a generator, so errors occur during
             iteration. Numbers and `dtype` are checked before a model is built.
-        Exception: Errors of `create_backbone`.
+        Exception: Errors from `create_backbone`.
     """
     errors = [
         f"{name} must be at least 1, got {value}"
@@ -441,7 +441,7 @@ def memory_table(
     Raises:
         ValueError: As for `predict_for_methods`.
         KeyError: If `device` is none of these names.
-        Exception: Errors of `create_backbone`.
+        Exception: Errors from `create_backbone`.
     """
     device = device or choose_device("auto").type
     device_type = device if device in _DEVICE_TYPES else "cuda"

@@ -1,7 +1,7 @@
 """Plan of a run: resolution of automatic settings, the printed summary, and the record of a started run.
 
-The plan is the configuration of a run in which values have replaced the automatic settings. Some of these values depend
-on whether the model allows a linear probe, i.e. a linear head fitted to features of the pre-trained backbone.
+The plan is the configuration of a run, with values in place of the automatic settings. Some of these values depend on
+whether the model allows a linear probe, i.e. a linear head fitted to features of the pre-trained backbone.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _MAX_FLIPPED = 500
 def resolve(
     config: TrainConfig, data: LoadedData, parts: RunComponents, console: Console
 ) -> tuple[TrainConfig, RunComponents]:
-    """Choose the precision, image size, batch size, heads, augmentation and epochs of a new run, in this order.
+    """Choose the precision, image size, batch size, heads, augmentation, and epochs of a new run, in this order.
 
     Fields of `config` may be `"auto"` or None. With `augment="auto"`, the transform of the training images is replaced.
 
@@ -77,8 +77,8 @@ def resolve(
         The plan, and the components, which are rebuilt if the image size changed.
 
     Raises:
-        ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images, or
-            under the conditions of `choose_heads`.
+        ValueError: If `epochs` is 0 without a probe-initialized head or without selection on validation images, or as
+            for `choose_heads`.
     """
     device = choose_device(config.run.device)
     protocol = config.data.protocol
@@ -135,7 +135,7 @@ def resolve(
 
 
 def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
-    """Resolve `final_head`, `head_init` and `head_norm`, which do not depend on the image size.
+    """Resolve `final_head`, `head_init`, and `head_norm`, which do not depend on the image size.
 
     `final_head="auto"` is `layers` if the model and the task support it and there is a single process without `shard`,
     else `trained`. `head_init="auto"` is `probe` if `can_probe` returns True, else `random`. `head_norm="auto"` is
@@ -179,7 +179,7 @@ def choose_heads(parts: RunComponents, config: TrainConfig) -> TrainConfig:
 
 @torch.no_grad()
 def _reads_features(parts: RunComponents) -> bool:
-    """Return whether `forward_intermediates` works with the method, i.e. its final features are the head's inputs."""
+    """Return whether `forward_intermediates` works with the method, i.e. whether it returns the head's inputs."""
     layers = probed_layers(parts.model)
     if not layers:
         return False
@@ -204,17 +204,17 @@ def _reads_features(parts: RunComponents) -> bool:
 def choose_augmentation(parts: RunComponents, data: DataConfig, optim: OptimConfig) -> DataConfig:
     """Resolve `augment="auto"` and `tta="auto"`.
 
-    `augment="auto"` selects `Task.augment`: crops and flips for single-label, multi-label and ordinal tasks, flips for
-    regression and segmentation. The `official` protocol uses flips.
+    `augment="auto"` selects `Task.augment`: crops and flips for single-label, multi-label, and ordinal tasks, and only
+    flips for regression and segmentation. The `official` protocol always uses flips.
 
     If the model allows a linear probe, single-label classification leaves out flips that change the classes. Two kernel
     ridge regressions predict left-out images. The first is fitted to the images. The second is fitted to the images and
     their flips, and averages its predictions for both. Flips are left out if the second is clearly worse (McNemar's
-    test, two standard errors). Testing the first on flipped images is not sufficient: if all figures face left, it also
-    fails on flips that keep the class.
+    test, two standard errors). It would not suffice to test the first on flipped images: if all figures face left, it
+    also fails on flips that keep the class.
 
     `tta="auto"` averages the predictions for an image and its flip if training flips images, the task is single-label
-    classification and the protocol is not `official`.
+    classification, and the protocol is not `official`.
     """
     augment: Any = data.augment
     if augment == "auto":
@@ -248,7 +248,7 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
 
 
 def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> None:
-    """Print the data, model, method, budgets, steps, estimated memory and warnings."""
+    """Print the data, model, method, budgets, steps, estimated memory, and warnings."""
     splits = parts.splits
     model = parts.model
     optim = plan.optim

@@ -1,4 +1,4 @@
-"""Locking, graceful interruption and status of a training run (POSIX only)."""
+"""Locking, graceful interruption, and status of a training run (POSIX only)."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class RunInUseError(OSError):
 class InterruptCallback(TrainerCallback):
     """Callback and context manager for graceful interruption.
 
-    On the first signal, training finishes the current step, saves a checkpoint and stops. A second signal, at least
+    On the first signal, training finishes the current step, saves a checkpoint, and stops. A second signal, at least
     one second later, stops it immediately, except in distributed training.
 
-    The signals are SIGINT (Ctrl-C), SIGTERM (sent by schedulers) and SIGHUP (closed terminal). SIGTERM and SIGHUP stay
+    The signals are SIGINT (Ctrl-C), SIGTERM (sent by schedulers), and SIGHUP (closed terminal). SIGTERM and SIGHUP stay
     ignored if they already were, for example under `nohup`. Handlers are installed while the context is active, and
     only in the main thread.
 
@@ -87,7 +87,7 @@ class InterruptCallback(TrainerCallback):
             if process_count() > 1 or time.monotonic() - self._requested_at < _MIN_REPEAT_S:
                 return
             raise KeyboardInterrupt
-        self._requested_at = time.monotonic()  # first, because another signal may arrive in between
+        self._requested_at = time.monotonic()  # before the flag, since a signal may arrive in between
         self.stop_requested = True
         repeat = "" if process_count() > 1 else "; repeat to stop immediately"
         with suppress(OSError):  # the terminal may be closed
@@ -103,10 +103,10 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save a complete epoch after a signal.
+        """Request a checkpoint if a signal arrived and the epoch is complete.
 
-        If training stopped midway through the epoch, `on_step_end` has saved already, so the epoch is neither evaluated
-        nor saved again.
+        If training stops midway through the epoch, `on_step_end` has already requested a checkpoint. In this case, the
+        epoch is not evaluated, and no second checkpoint is saved.
         """
         if not _is_epoch_end(state):
             control.should_log = control.should_evaluate = control.should_save = False
@@ -120,7 +120,7 @@ class InterruptCallback(TrainerCallback):
 
 
 def _is_epoch_end(state: TrainerState) -> bool:
-    """Return whether the step is the last one of an epoch; all epochs have the same number of steps."""
+    """Return whether the current step ends an epoch. All epochs have the same number of steps."""
     steps_per_epoch = state.max_steps // state.num_train_epochs
     return state.global_step % steps_per_epoch == 0
 
@@ -130,14 +130,14 @@ def lock_run(run: BaseRunFolder[Any], *, allow_distributed: bool = False) -> Ite
     """Lock a run folder against writes by other processes.
 
     The lock is an `flock`, which the kernel releases when the process exits, even after a crash. Folders created for
-    the lock are removed if they stay empty. With `allow_distributed`, the world size may be larger than 1. Then only
-    the main process should take the lock.
+    the lock are removed if they stay empty. A finished run in a folder that is not writable is not locked. With
+    `allow_distributed`, the world size may be larger than 1, and only the main process should take the lock.
 
     Raises:
         RunInUseError: If a running process holds the lock; the message includes its process ID, if known.
         ValueError: If the folder's path contains nonprintable characters.
-        NotImplementedError: If the world size is larger than 1 without `allow_distributed`.
-        OSError: If the folder or the lock file cannot be created (except for a finished run), or the lock is a link.
+        NotImplementedError: If the world size is larger than 1 and `allow_distributed` is False.
+        OSError: If the folder or the lock file cannot be created, or the lock file is a symbolic link.
     """
     if not allow_distributed:
         require_single_process("training")
@@ -155,7 +155,7 @@ def lock_run(run: BaseRunFolder[Any], *, allow_distributed: bool = False) -> Ite
             raise
         descriptor = None
     if descriptor is None:
-        yield  # a finished run on a read-only disk needs no lock
+        yield  # a finished run that cannot be changed needs no lock
         return
     _HELD_LOCKS.add(descriptor)
     try:
@@ -170,7 +170,7 @@ def lock_run(run: BaseRunFolder[Any], *, allow_distributed: bool = False) -> Ite
 
 
 def _lock(path: Path, run: Path) -> int:
-    """Open and lock the lock file, write the process ID and return the descriptor."""
+    """Open and lock the lock file, write the process ID, and return the descriptor."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -201,7 +201,7 @@ def _lock(path: Path, run: Path) -> int:
 def _close_inherited() -> None:
     """Close inherited locks in forked processes, such as data loader workers.
 
-    Such processes may outlive the owner of the lock and would keep the run locked.
+    Such processes may outlive the owner of the lock and would then keep the run locked.
     """
     for descriptor in _HELD_LOCKS:
         os.close(descriptor)
@@ -220,15 +220,15 @@ def resume_command(command: str, folder: Path, *, has_dataset: bool = False) -> 
 
 @contextmanager
 def record_status(run: BaseRunFolder[Any], command: str, *, has_dataset: bool = False) -> Iterator[None]:
-    """Record in `run.json` if the body of the context is interrupted or fails.
+    """Update the status in `run.json` if the body of the context is interrupted or fails.
 
     Args:
         run: Folder of the run.
-        command: Command that resumes the run, as in `snella COMMAND`.
+        command: Name of the `snella` command that resumes the run, such as `train`.
         has_dataset: True if the data is a dataset object, which a command cannot load.
 
     Raises:
-        TrainingInterrupted: If the body is interrupted; the message names the last checkpoint and how to resume.
+        TrainingInterrupted: If the body is interrupted. The message states the last checkpoint, if any, and the remedy.
         Exception: Errors of the body. A data loader worker's error is raised without the worker's traceback.
     """
     try:

@@ -55,15 +55,18 @@ _MEMORY_SHARE = 0.8
 _TIMED_STEPS = 4
 """Largest number of steps that are timed after the first one."""
 _MIN_TIMED = 3
-"""Smallest number of timed steps, including the first, even if they exceed `_MEASURED_SHARE`."""
+"""Smallest number of timed steps, including the first, even if they exceed `_MEASURED_SHARE`.
+
+If only reading is timed, a small split may have fewer batches.
+"""
 _RESERVED_SHARE = 0.05
-"""Fraction of the time budget reserved for optimizer updates, checkpoints and reports."""
+"""Fraction of the time budget reserved for optimizer updates, checkpoints, and reports."""
 _RESERVED_S = 4.0
-"""Seconds reserved in addition. Both together take at most a tenth of the budget."""
+"""Seconds reserved in addition. Together, both take at most a tenth of the budget."""
 _MAX_EPOCHS = 100
 """Largest number of epochs that is chosen for a time budget."""
 _MEASURED_SHARE = 0.02
-"""Fraction of the time budget for timing one kind of step. Only the minimum number of steps may exceed it."""
+"""Fraction of the time budget after which the timing of one kind of step ends. The first step does not count."""
 _SIZE_RATIO = 1.15
 """The size search ends when the smallest size that does not fit is at most this factor times the largest that does."""
 _SMALL_SIDE = 112
@@ -71,11 +74,11 @@ _SMALL_SIDE = 112
 _MEASURED_SIDES = 16
 """Minimum number of images whose size is read, if there are that many."""
 _NEVER_S = 1e12
-"""Seconds that stand for a step that runs out of memory, since they exceed any time budget."""
+"""Seconds assigned to a step that runs out of memory, more than any time budget."""
 _MIN_STEP_S = 0.01
 """Seconds of a step on cached features, and lower bound for any step."""
 _CACHED_EPOCH_S = 0.5
-"""Seconds of the evaluation and checkpoint of an epoch on cached features."""
+"""Seconds for the evaluation and the checkpoint of an epoch on cached features."""
 _OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 """Parts of torch's out-of-memory messages for GPUs and CPUs."""
 _SIZE_ERRORS = (ValueError, TypeError, RuntimeError, AssertionError, IndexError)
@@ -85,13 +88,13 @@ _CGROUP = "/sys/fs/cgroup"
 
 
 def fit_batch_size(parts: RunComponents, optim: OptimConfig, console: Console) -> int | None:
-    """Return the batch size of all processes together, replacing `"auto"` with the largest that fits in memory.
+    """Return the total batch size over all processes. If it is `"auto"`, choose the largest that fits in memory.
 
     Returns None if `optim.batch_size` is None.
 
-    Candidates per process are powers of two up to 256 with at least 10 steps per epoch. The largest candidate with a
-    predicted memory of at most 0.8 of the free memory is tested with a trial step, and halved while the step runs out
-    of memory. The model is unchanged.
+    Candidates per process are 1 and the powers of two up to 256 with at least 10 steps per epoch. The largest candidate
+    whose predicted memory is at most 0.8 of the free memory is tested with a trial step, and halved while this step
+    runs out of memory. A batch size of 1 is not tested. The model is unchanged.
     """
     if optim.batch_size != "auto":
         return optim.batch_size
@@ -121,7 +124,7 @@ def predicted_memory(parts: RunComponents, precision: str, batch_size: int) -> i
 def free_memory(device: torch.device) -> int:
     """Return the free bytes of a GPU, or this process's share of the free bytes of the machine or container."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # otherwise, memory of earlier trial steps would not count as free
+        torch.cuda.empty_cache()  # otherwise, memory from earlier trial steps would not count as free
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return int(free_bytes)
     free = int(psutil.virtual_memory().available)
@@ -145,16 +148,16 @@ def fit_image_size(
 ) -> int | None:
     """Choose the largest image size at which the run fits in `time_budget`.
 
-    A run consists of `epochs` epochs and the final evaluation. If it may train 0 epochs and fits a final head on
-    several layers, the head takes priority, since a head at high resolution is usually better than a few epochs at a
-    much lower one. Let S be the largest size at which the head alone fits. The result is the largest size of at least
-    S/2 at which the epochs also fit, or S if there is none. To leave time for epochs, S is limited to the median
-    shorter side of the images or 112 pixels, whichever is larger, rounded up to a candidate. The limit does not apply
-    to runs without epochs.
+    A run consists of `epochs` epochs and the final evaluation. If it may have 0 epochs and fits a final head, i.e. a
+    head that is fitted to several layers after training, this head takes priority, since a head at high resolution is
+    usually better than a few epochs at a much lower one. Let S be the largest size at which the head alone fits. The
+    result is the largest size of at least S/2 at which the epochs also fit, or S if there is none. To leave time for
+    epochs, S is limited to the median shorter side of the images or 112 pixels, whichever is larger, rounded up to a
+    candidate. If such a run has 0 epochs or a method that trains only the head, S is not limited and is the result.
 
     Candidates are the backbone's default and all smaller multiples of `size_step` from 48 pixels. The search stops
-    within 15% of the largest size that fits. If no size fits, the result is the smallest. Models that do not support
-    other sizes keep their default, as do folds, runs with `init_from`, and methods that select parameters.
+    within 15% of the largest size that fits. If no size fits, the result is the smallest. The default is kept if the
+    model does not support other sizes, for runs with folds or `init_from`, and for methods that select parameters.
 
     `at_size` builds the components for an image size. `started_at` is `time.monotonic()` at the start of the budget.
 
@@ -235,7 +238,7 @@ def fit_image_size(
 
 
 def size_step(model: nn.Module) -> int:
-    """Return the divisor of supported image sizes, from the patch size and the feature stride, or 32 if unknown."""
+    """Return the step between supported image sizes, from the patch size and the feature stride; 32 if unknown."""
     modules = list(model.modules())
     patch_sizes = [size for module in modules if isinstance(size := getattr(module, "patch_size", None), tuple)]
     infos = [info for module in modules if isinstance(info := getattr(module, "feature_info", None), list)]
@@ -297,7 +300,7 @@ def _largest_size(
 
 
 def _median_side(images: ImageDataset) -> float:
-    """Return the median shorter side of evenly spaced images, in pixels."""
+    """Return the median of the shorter sides of evenly spaced images, in pixels."""
     indices = range(0, len(images), max(1, len(images) // _MEASURED_SIDES))
     return statistics.median(min(images.image(index).size) for index in indices)
 
@@ -377,7 +380,7 @@ def _seconds_left(budget: str, started_at: float) -> float:
 
 @dataclass(frozen=True)
 class _Times:
-    """Times of parts of a run, in seconds.
+    """Number of steps per epoch, and times of parts of a run in seconds.
 
     Attributes:
         steps: Number of optimizer steps per epoch.
@@ -393,7 +396,7 @@ class _Times:
 
 
 def _measure_times(parts: RunComponents, config: TrainConfig, with_training: bool = True) -> _Times:
-    """Estimate times from a few steps. If `with_training` is False, `step_s` is `_MIN_STEP_S`."""
+    """Estimate times from a few steps. If `with_training` is False, no training step is timed."""
     data = config.data
     batch_size = fit_batch_size(parts, config.optim, Console(file=io.StringIO()))
     optim = dataclasses.replace(config.optim, batch_size=batch_size)
@@ -463,10 +466,10 @@ def _trial_step(parts: RunComponents, precision: str, batch: dict[str, Tensor]) 
 
 @contextmanager
 def _reduced_budgets(model: nn.Module) -> Iterator[None]:
-    """Reduce the budgets of all matrices, i.e. the numbers of entries that their updates may change, in the context.
+    """Inside the context, reduce the budget of each matrix, i.e. the number of entries that its update may change.
 
-    With full budgets, a step would not search for magnitude thresholds and would be too fast. The budgets are reduced
-    by half the target sparsity.
+    With full budgets, a step would not search for magnitude thresholds and would be too fast. Each budget is multiplied
+    by 1 minus half the target sparsity.
     """
     adapter_names = {matrix.layer: matrix.adapter_name for matrix in matrices_of(model)}
     budgets = {layer: layer.budgets(name) for layer, name in adapter_names.items()}
@@ -501,7 +504,7 @@ def _step_seconds(
 ) -> float:
     """Return the median time in seconds of a step, including data loading.
 
-    Smaller last batches do not count. The model is in evaluation mode, except in `_trial_step`.
+    Warm-up steps and smaller last batches do not count. The model is in evaluation mode, except in `_trial_step`.
     """
     loader = DataLoader(
         dataset,

@@ -70,8 +70,8 @@ def train(
         config: Configuration. With `resume`, the stored run continues from its last checkpoint with its stored
             settings.
         console: Output console. Defaults to standard output.
-        data: A torch or Hugging Face dataset, or a mapping from train, val and test to datasets. `config.data.spec`
-            names it, for example `python:flowers`. Resuming the run requires the same data.
+        data: A torch or Hugging Face dataset, or a mapping from split names such as train to datasets.
+            `config.data.spec` names the data, for example `python:flowers`. Resuming the run requires the same data.
         evaluate_test: If False, skip the test images, for example in tuning runs.
         keep_checkpoints: If False, save a checkpoint only on interruption, for example in short runs.
         render_report: If False, skip the HTML report, which `snella inspect --report` can write later.
@@ -88,12 +88,12 @@ def train(
         ValueError: If settings contradict each other or the data, if the device is not available, or if settings or
             images of a resumed run have changed.
         TypeError: If `data` is not a supported dataset.
-        ImportError: If a package that the data, the backbone or `track` needs is missing.
+        ImportError: If a package that the data, the backbone, or `track` needs is missing.
         ConnectionError: If the Hugging Face Hub is needed and unreachable.
         NotImplementedError: If Accelerate is configured for FSDP or another mode besides DDP, or the backbone does not
-            support `channels` or its weight file.
-        TrainingInterrupted: After the first SIGINT (Ctrl-C), SIGTERM or SIGHUP during training. A checkpoint is saved
-            first.
+            support `channels` or the given weight file.
+        TrainingInterrupted: After a SIGINT (Ctrl-C), SIGTERM, or SIGHUP during training. A checkpoint is saved first,
+            unless a second signal stops training immediately.
         NonFiniteLossError: If the loss or gradient is infinite or NaN. The last checkpoint remains valid.
         CheckpointError: If the disk is full, in which case the last checkpoint remains valid, or if the checkpoint of a
             resumed run is damaged.
@@ -178,10 +178,10 @@ def _fit(
     keep_checkpoints: bool,
     render_report: bool,
 ) -> tuple[SnellaTrainer, StepTimeCallback]:
-    """Initialize the head, and train. Training continues from the last checkpoint if there is one.
+    """Initialize the head and train, or continue training from the last checkpoint of a resumed run.
 
     Returns:
-        The trainer, and the callback that has measured the steps.
+        The trainer, and the callback that has timed the steps.
 
     Raises:
         KeyboardInterrupt: If training was interrupted by a signal.
@@ -227,7 +227,7 @@ def _fit(
 
 @contextmanager
 def _tracking(trackers: Sequence[str], run: RunFolder) -> Iterator[None]:
-    """Direct trackers to the run folder, suppress their output and convert their errors inside the context.
+    """Direct trackers to the run folder, suppress their output, and convert their errors inside the context.
 
     Environment variables of the trackers take precedence if they are already set.
     """

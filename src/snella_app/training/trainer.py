@@ -1,7 +1,7 @@
 """Trainer for labeled images.
 
 The selection split contains the images on which the best epoch is selected; some protocols have none. An optimizer step
-processes one or several micro-batches. The budget of a run is the number of weights that the updates may change.
+processes one or several micro-batches. The budget is the number of weights that SNELLA's updates may change.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _StoppedEarlyError(Exception):
 class StartCallback(TrainerCallback):
     """Callback that acts before the first step.
 
-    It evaluates the initial model if this may be the best one, and ends a resumed run that has already stopped early.
+    It evaluates the initial model if it may be the best one, and ends a resumed run that has already stopped early.
     """
 
     def __init__(self, trainer: SnellaTrainer) -> None:
@@ -74,20 +74,20 @@ class SnellaTrainer(CheckpointingTrainer):
     """Trainer for `(image, label)` datasets.
 
     Differences from `CheckpointingTrainer`:
-    - Epochs are evaluated without test-time augmentation, which takes a forward pass per view.
-    - Random numbers (dropout, drop path) depend only on `(seed, step, rank, micro-batch)` and the data order only on
-      `(seed, epoch)`, so a resumed run reproduces both.
+    - Epochs are evaluated without test-time augmentation, which would take one forward pass per view.
+    - Random numbers (dropout, drop path) depend only on `(seed, step, rank, micro-batch)`, and the data order only
+      on `(seed, epoch)`, so a resumed run reproduces both.
     - The adapter of the best epoch (see `RunProtocol.selection_score`) is saved immediately.
-    - Checkpoints also include the weight average, the stored weights of the last epochs, and the feature statistics.
+    - Checkpoints also include the weight average, the weights of the last epochs, and the feature statistics, if used.
     - `last_loss` is the loss of the step so far, summed over its micro-batches.
 
     Args:
-        parts: Model, task, training images and the protocol's selection split. If there is no selection split, the
+        parts: Model, task, training images, and the protocol's selection split. If there is no selection split, the
             last epoch is saved.
         plan: Settings of the run, resolved by `snella_app.training.plan.resolve`.
         run: Run folder for checkpoints and the best adapter.
         callbacks: Additional callbacks.
-        feature_norm: Normalization of the head's inputs, which is folded into the saved head; None if there is none.
+        feature_norm: Normalization of the head's inputs, folded into the saved head; None for no normalization.
         keep_checkpoints: If True, save a checkpoint after each epoch.
     """
 
@@ -166,10 +166,10 @@ class SnellaTrainer(CheckpointingTrainer):
 
     @property
     def has_stopped_early(self) -> bool:
-        """True after `early_stopping` epochs without improvement.
+        """True if the latest epoch is at least `early_stopping` epochs after the best one.
 
-        Only evaluated epochs within the target budget count, so a run does not stop before it reaches the target
-        sparsity.
+        Only evaluated epochs within the target budget are considered, so a run does not stop before it reaches the
+        target sparsity.
         """
         patience = self.plan.optim.early_stopping
         allocator = self.allocator
@@ -247,7 +247,7 @@ class SnellaTrainer(CheckpointingTrainer):
             if self.has_stopped_early:
                 self.control.should_training_stop = True
             if is_best:
-                # `finish` left this folder behind if the run was restarted from the first epoch
+                # if this run is restarted from the first epoch, an earlier `finish` may have left this folder
                 shutil.rmtree(self.run_folder.checkpoints / BEST, ignore_errors=True)
                 self.save_adapter()
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, row)
@@ -309,7 +309,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return self.selection_score(scores), scores
 
     def save_adapter(self, folder: Path | None = None) -> None:
-        """Write the trained weights in the main process, as the run's adapter or to another folder."""
+        """Write the trained weights to `folder`, by default the run's adapter folder, in the main process."""
         if not self.args.should_save:
             return
         run = self.run_folder
@@ -365,14 +365,14 @@ class SnellaTrainer(CheckpointingTrainer):
 
         Raises:
             NonFiniteLossError: If the loss is not finite.
-            ValueError: If a PEFT adapter gets no gradient.
+            ValueError: If a PEFT adapter receives no gradient.
         """
         # the first seed of a step is the same with and without gradient accumulation
         micro_step = [self._micro_step] if self._micro_step else []
         torch.manual_seed(mix_seed(self.args.seed, 1, self.state.global_step, self.args.process_index, *micro_step))
         loss = super().training_step(model, self._mix(inputs), num_items_in_batch)
         if self.feature_norm is not None and not self._weights[self._micro_step]:
-            self.feature_norm.discard_batch()  # its only image counts in another process
+            self.feature_norm.discard_batch()  # its only image is counted by another process
         self._micro_step += 1
         self._step_loss += self.last_loss
         self.last_loss = self._step_loss
@@ -404,7 +404,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return batches, items
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator, which neither moves a sharded model nor wraps it in DDP."""
+        """Create the accelerator so that it neither moves a sharded model nor wraps it in DDP."""
         super().create_accelerator_and_postprocess()
         if self._is_sharded:
             prepare = self.accelerator.prepare_model
@@ -435,7 +435,7 @@ class SnellaTrainer(CheckpointingTrainer):
         mixers = [kind(alpha=float(alpha), num_classes=size) for kind, alpha in alphas.items() if alpha]
         if not mixers or size == 1:
             return inputs
-        # torchvision mixes one-hot labels; if the label of an image is its index, they contain the mixing weight
+        # torchvision mixes one-hot labels; with indices as labels, entry [0, 0] is the mixing weight
         indices = torch.arange(size, device=inputs["images"].device)
         images, mixed_labels = v2.RandomChoice(mixers)(inputs["images"], indices)
         other_labels = inputs["labels"].roll(1, 0)  # torchvision mixes each image with the previous one
@@ -455,7 +455,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return self._sampler
 
     def _write_state(self, checkpoint: Path, **values: Any) -> None:
-        """Also write the current epoch's loss, the averaged or stored weights, and the feature statistics."""
+        """Also write the epoch's loss and, if used, the weight average, epoch snapshots, and feature statistics."""
         super()._write_state(checkpoint, loss_sum=self._epoch_loss, steps=self._epoch_steps, **values)
         for part in self._stored_parts:
             part.save(checkpoint)
@@ -470,7 +470,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return values
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
-        """Build the error, which states the step, the last saved state and the remedy."""
+        """Build the error, which states the step, the last saved state, and the remedy."""
         is_in_step = what in ("the loss", "the gradient")  # otherwise, the loss of an evaluation
         step = self.state.global_step + (1 if is_in_step else 0)
         steps_per_epoch = max(1, self.state.max_steps // max(1, int(self.state.num_train_epochs)))
@@ -496,7 +496,7 @@ class SnellaTrainer(CheckpointingTrainer):
 def _collate(task: Task, widest: torch.dtype, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
     """Collate a batch, and cast float64 labels to the widest dtype of the device.
 
-    Accelerate moves them to the device without a cast.
+    Accelerate would move them to the device without a cast.
     """
     batch = task.collate(items)
     if batch["labels"].dtype == torch.float64:
@@ -505,7 +505,7 @@ def _collate(task: Task, widest: torch.dtype, items: Sequence[tuple[Any, ...]]) 
 
 
 def training_arguments(plan: TrainConfig, checkpoints: Path, keep_checkpoints: bool = True) -> TrainingArguments:
-    """Return Trainer arguments with warmup, cosine decay and an evaluation per epoch.
+    """Return Trainer arguments with warmup, cosine decay, and an evaluation per epoch.
 
     If `keep_checkpoints` is True, a checkpoint is saved after each epoch.
     """

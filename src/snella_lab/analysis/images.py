@@ -1,6 +1,6 @@
-"""Image plots: data samples, masks, heat maps, generated images and feature embeddings.
+"""Image plots: data samples, masks, heat maps, generated images, and feature embeddings.
 
-Figures are those of the SNELLA paper (arXiv 2510.24037).
+Figure numbers refer to the SNELLA paper (arXiv 2510.24037).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _MAX_LEGEND = 24
 
 
 def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Plot]:
-    """Plot sample images of different classes, one row per dataset, ordered by group (Figure 11).
+    """Plot sample images of different classes, with one row per dataset, ordered by task group (Figure 11).
 
     Args:
         sources: Data specifications as in `snella train`, or names or files of experiments.
@@ -104,7 +104,7 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
 
 
 def masks(runs: Sequence[str | Path], *, split: Split = "auto", limit: int = 6, device: str = "auto") -> list[Plot]:
-    """Plot images, true masks and each run's predicted masks (Figure 8).
+    """Plot images, their true masks, and each run's predicted masks (Figure 8).
 
     The images are evenly spaced in a split of the first run's data; see `PlotOptions`. The table contains each run's
     Dice score for each image, averaged over the foreground classes.
@@ -175,10 +175,10 @@ def gradcam(
     """Plot class activation maps of the true class for the pre-trained model and each run (Figure 15).
 
     The shown images are cropped by the first run's transform, but each model receives images from its own run's
-    transform. `snella_app.runs.explain.heat_maps` computes the maps of ViT, Swin, ConvNeXt and other timm models, with
-    the head used for predictions: the final head fitted after training, if the run has one. The pre-trained model
-    combines the pre-trained backbone and the head of the first run. The table contains the fraction of each map's sum
-    in the central ninth of the image. See `PlotOptions` for the arguments.
+    transform. `snella_app.runs.explain.heat_maps` computes the maps of ViT, Swin, ConvNeXt, and other timm models, with
+    the head used for predictions: the final head fitted after training, if the run has one, or else the trained head.
+    The pre-trained model combines the pre-trained backbone and the head of the first run. The table contains the
+    fraction of each map's sum in the central ninth of the image. See `PlotOptions` for the arguments.
 
     Raises:
         FileNotFoundError: If a folder contains no run with an adapter, or the data no longer exists.
@@ -217,7 +217,7 @@ def gradcam(
 
 
 def _pretrained_with_head(loaded: LoadedRun) -> nn.Module:
-    """Combine the pre-trained backbone of a run with the run's final head or, if there is none, the trained head."""
+    """Combine the pre-trained backbone of a run with the run's final head or, if there is none, its trained head."""
     model = make_backbone(loaded.info.backbone)
     if loaded.probe is not None:
         return loaded.probe.with_model(model).eval()
@@ -261,7 +261,7 @@ def images(folders: Sequence[str | Path], *, limit: int = 6) -> list[Plot]:
         limit: Maximum number of images per folder.
 
     Raises:
-        FileNotFoundError: If a folder contains no images.
+        FileNotFoundError: If a folder does not exist or contains no images.
     """
     files: dict[Path, list[Path]] = {}
     for folder in map(Path, folders):
@@ -299,7 +299,7 @@ def mean_dice(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _class_balanced_indices(labels: Sequence[int], count: int, seed: int) -> list[int]:
-    """Sample up to `count` indices in random order, cycling through the classes."""
+    """Sample up to `count` indices, cycling through the classes and in random order within each class."""
     order = np.random.default_rng(seed).permutation(len(labels)).tolist()
     by_class: dict[int, list[int]] = {}
     for index in order:

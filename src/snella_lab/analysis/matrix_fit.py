@@ -1,7 +1,7 @@
-"""Kernel expressivity: curves, fits of random matrices, gradients and definiteness.
+"""Kernel expressivity: curves, fits of random matrices, gradients, and definiteness.
 
-A kernel κ merges two factors into a matrix, `W[i, j] = κ(A[j], B[i])`. The experiments and equations are those of
-appendices A.2 to A.4 of the SNELLA paper (arXiv 2510.24037).
+A kernel κ merges two factors into a matrix, `W[i, j] = κ(A[j], B[i])`. The experiments are those of appendices A.2
+to A.4 of the SNELLA paper (arXiv 2510.24037), to which all equation and figure numbers refer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from snella_lab.analysis.plot import Plot, Row, grouped
 from snella_lab.style import style_of
 
 Merge = Callable[[Tensor, Tensor, KernelScalars], Tensor]
-"""Function that merges the factors `A` `[n, r]` and `B` `[m, r]`, with the kernel's scalars, into `[m, n]`."""
+"""Function that merges the factors `A` `[n, r]` and `B` `[m, r]`, with the kernel's scalars, into a matrix `[m, n]`."""
 _STATE_FILE = "fits.json"
 _MAX_RECORDED_STEPS = 100
 """Maximum number of steps at which errors and gradients are recorded."""
@@ -91,7 +91,7 @@ class FitConfig:
 
 
 PRESETS: dict[str, FitConfig] = {"quick": FitConfig(), "paper": FitConfig(steps=100_000, lr=1e-4)}
-"""`paper` uses the optimizer, steps and number of matrices of appendix A.2. `quick` takes minutes."""
+"""`paper` uses the optimizer, steps, and number of matrices of appendix A.2. `quick` takes minutes."""
 
 
 def find_kernel(name: str) -> Merge:
@@ -119,7 +119,7 @@ def find_kernel(name: str) -> Merge:
 
 
 def _module_digest(name: str) -> str | None:
-    """Return the SHA-256 of the file of a custom kernel's module.
+    """Return the SHA-256 of a custom kernel's module file.
 
     Returns None for built-in kernels, and for modules without a file.
     """
@@ -130,7 +130,7 @@ def _module_digest(name: str) -> str | None:
 
 
 def random_matrices(size: int, rank: int, count: int, density: float, generator: torch.Generator) -> Tensor:
-    """Sample random matrices with exact rank and root mean square 1, as products of two sparse Gaussian factors.
+    """Sample random matrices of rank `rank` and root mean square 1, as products of two sparse Gaussian factors.
 
         W = U V,   U `[size, rank]`, V `[rank, size]`, each with a fraction `density` of nonzero entries
 
@@ -190,7 +190,7 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
 
         min over A, B, scalars of 1/(mn) Σ_ij (W[i, j] − κ(A[j], B[i]))²,   by Adam
 
-    Factors are initialized from a Gaussian such that inner products have variance 1. Scalars start at α = 1, β = 0 and
+    Factors are initialized from a Gaussian such that inner products have variance 1. Scalars start at α = 1, β = 0, and
     α_p = ±0.1. All kernels share the matrices and the initial factors.
 
     Args:
@@ -250,7 +250,7 @@ def fit_kernel(kernel: str, config: FitConfig, on_step: Callable[[int], None] = 
 def fit_matrices(
     config: FitConfig, out: str | Path | None = None, on_step: Callable[[str, int], None] = lambda kernel, step: None
 ) -> list[Plot]:
-    """Fit random matrices with several kernels, and plot the kernels, errors and gradients (Figure 4).
+    """Fit random matrices with several kernels, and plot the kernels, errors, and gradients (Figure 4).
 
     Args:
         config: Settings of the fits.
@@ -301,8 +301,8 @@ def fit_matrices(
 def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
     """Compute κ((1, 0), (x, 0)) and its derivative for x in [−4, 4].
 
-    For piecewise kernels, each of the two numbers is a piece. All scalars are 1, except β = 0. Normalized kernels apply
-    their softmax over the points of the curve. Each derivative is with respect to its own x.
+    For piecewise kernels, each entry of these vectors is a piece. All scalars are 1, except β = 0. Normalized kernels
+    apply their softmax over the points of the curve. Each derivative is with respect to its own x.
     """
     xs = torch.linspace(-_X_MAX, _X_MAX, points, dtype=torch.float64)
     rows: list[Row] = []
@@ -334,8 +334,8 @@ def definiteness(kernels: Sequence[str]) -> list[Row]:
 
     The 60 points x_i are random vectors with 8 entries. All coefficients are 1, and β = 0. Appendix A.4 claims that
     Mix-K is positive semi-definite in this case. The claim is wrong: the distance term of Mix-K has a zero diagonal and
-    therefore negative eigenvalues. Distances are conditionally negative definite: `vᵀKv ≤ 0` for every vector `v` whose
-    entries sum to 0.
+    therefore negative eigenvalues. A distance matrix D is conditionally negative definite: `vᵀDv ≤ 0` for every vector
+    `v` whose entries sum to 0.
 
     Args:
         kernels: Names or import paths; see `find_kernel`.
@@ -343,8 +343,8 @@ def definiteness(kernels: Sequence[str]) -> list[Row]:
     Returns:
         One row per kernel: `trace`; `asymmetry`, the largest difference between K and its transpose; `smallest` and
         `largest`, the extreme eigenvalues of the symmetric part; `is_positive_semi_definite`, up to rounding;
-        `conditional`, the smallest eigenvalue of the symmetric part of −K projected onto vectors that sum to 0, at
-        most 0.
+        `conditional`, the smallest eigenvalue of the symmetric part of −K, projected onto vectors that sum to 0. It
+        is never positive.
     """
     num_points = 60
     x = torch.randn(num_points, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
-"""Row of a table: values by column. Missing columns, None and NaN become empty cells."""
+"""Row of a table: values by column. Missing columns, None, and NaN become empty cells."""
 T = TypeVar("T")
 
 Kind = Literal[
@@ -41,7 +41,7 @@ _MODULES: dict[str, tuple[Kind, ...]] = {
     "profiles": ("radar", "memory"),
     "images": ("features", "samples", "masks", "gradcam", "images"),
 }
-"""Names of the plot functions in each module of `snella_lab.analysis`."""
+"""Names of the plot functions by module of `snella_lab.analysis`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def csv_text(rows: Sequence[Row]) -> str:
 
 
 def plot_function(kind: Kind) -> Callable[..., list[Plot]]:
-    """Import the function that computes the plots of a kind, and return it."""
+    """Import and return the function that computes the plots of a kind."""
     module = next(module for module, kinds in _MODULES.items() if kind in kinds)
     function: Callable[..., list[Plot]] = getattr(importlib.import_module(f"snella_lab.analysis.{module}"), kind)
     return function

@@ -42,7 +42,7 @@ def radar(folders: Sequence[str | Path]) -> list[Plot]:
     """Plot the scores of methods by task group in a radar chart, one axis per group and comparison (Figure 2).
 
     A score is the mean of the comparison's main metric over the tasks of a group. Each axis has its own scale, with the
-    highest mean at the rim. The table contains the unscaled scores.
+    highest mean at the rim. The table contains the unscaled scores and the radii.
 
     Args:
         folders: Folders written by `snella compare`. Only methods with results on all tasks of all folders are drawn.
@@ -135,7 +135,7 @@ class LiveTensors(TorchDispatchMode):
 
     Attributes:
         live: Current number of bytes.
-        points: Step, phase and number of bytes after each operation.
+        points: Step, phase, and number of bytes after each operation.
         step_phase: Current step and phase, which the caller sets.
     """
 
@@ -229,7 +229,7 @@ def _downsample(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _draw_radar(rows: Sequence[Row], in_percent: Mapping[str, bool]) -> Figure:
-    """Draw one polygon per method. Label each axis with its highest mean, in percent where `in_percent` is True."""
+    """Draw one polygon per method. Label each axis with its highest mean, in percent if `in_percent` is True for it."""
     axes_names = list(dict.fromkeys(row["axis"] for row in rows))
     methods = grouped(rows, "method")
     legend_columns = 4

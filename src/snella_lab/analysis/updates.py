@@ -1,4 +1,4 @@
-"""Plots of weight updates: heat maps, singular values and overlap between tasks.
+"""Plots of weight updates: heat maps, singular values, and overlap between tasks.
 
 An update is the matrix that a run adds to a weight matrix of the backbone. Figure and section numbers refer to the
 SNELLA paper (arXiv 2510.24037).
@@ -137,7 +137,7 @@ def effective_rank(values: Tensor) -> float:
 
 
 def rank_row(update: Tensor, values: Tensor | None = None) -> dict[str, Any]:
-    """Return the size, density, Frobenius norm and ranks of an update.
+    """Return the size, density, Frobenius norm, largest entry, and ranks of an update.
 
     `rank` counts the singular values above the float32 rounding error of the largest one.
 
@@ -175,9 +175,9 @@ def update(runs: Sequence[str | Path], *, matrix: str | None = None) -> list[Plo
     defaults to the deepest query projection (see `choose_matrix`).
 
     Returns:
-        Two plots. The table of `update` has one row per run, with size, density and ranks. The table of
+        Two plots. The table of `update` has one row per run, with size, density, and ranks. The table of
         `update-spectrum` has one row per singular value; its additional table `update-spectrum-ranks` contains the
-        ranks of the matrices with the same name in all blocks.
+        ranks of the corresponding matrices of all blocks.
 
     Raises:
         FileNotFoundError: If a run has no adapter.

@@ -35,7 +35,7 @@ _QUANTILE_LIMIT = 2**24  # maximum number of entries that torch.quantile accepts
 
 
 class UnfusedLayer(nn.Module):
-    """Unfused reference: separate products for the base layer and the update, which is checkpointed.
+    """Unfused reference: separate products for the base layer and a checkpointed update.
 
         y = x W0ᵀ + bias + scaling·x Sᵀ,   S = sparsify(ΔW, quantile(|ΔW|, sparsity))
 
@@ -100,7 +100,7 @@ class _Recomputed:
     Attributes:
         mark: Mark with which the output is recomputed.
         stride: Strides of the output.
-        view: Size, strides and offset of the saved tensor, which may be a view of the output.
+        view: Size, strides, and offset of the saved tensor, which may be a view of the output.
     """
 
     mark: Mark
@@ -134,7 +134,8 @@ class RecomputedInputs:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model, and save placeholders instead of marked outputs for the backward pass.
 
-        Other tensors are passed to the saved-tensor hooks that are active outside the model, if any.
+        A marked output is one that can be recomputed. Other tensors are passed to the saved-tensor hooks that are
+        active outside the model, if any.
         """
         outer_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         pack_outer, unpack_outer = outer_hooks or (lambda tensor: tensor, lambda packed: packed)
@@ -160,7 +161,7 @@ class RecomputedInputs:
             self._outputs.clear()
 
     def _record_output(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        """Forward hook: record the storage of a marked output."""
+        """Record the storage of a marked output (forward hook)."""
         if Mark.on(output) is not None:
             storage = StorageWeakRef(output.untyped_storage())
             self._outputs[storage.cdata] = _Recomputable(storage, weakref.ref(output), output.stride())
@@ -181,7 +182,7 @@ class RecomputedInputs:
 
 
 def _mark_parametrized(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-    """Forward hook: mark the output of a normalization with parametrized weights."""
+    """Mark the output of a normalization with parametrized weights (forward hook)."""
     (z,) = args
     if output.requires_grad and torch.is_grad_enabled():
         Mark.put(output, (z,), Origin(partial(type(module).forward, module), z.device.type, module=module))
@@ -223,7 +224,7 @@ Builder = Callable[[nn.Module, Workload], nn.Module]
 
 
 def _frozen(model: nn.Module, workload: Workload) -> nn.Module:
-    """Train only the head and the class token, to measure the forward and backward passes without adapters.
+    """Train only the head and any class token, to measure the forward and backward passes without adapters.
 
     The class token is an input of the first block, so the backward pass runs through all blocks.
     """
@@ -253,7 +254,7 @@ def _shira(model: nn.Module, workload: Workload) -> nn.Module:
 
 
 def _method(name: str, *sparsity_options: str, has_rank: bool = True) -> Builder:
-    """Return a builder for a method of `snella train`. Its `sparsity_options` are set to the workload's sparsity.
+    """Return a builder for a method of `snella train`, with `sparsity_options` set to the workload's sparsity.
 
     Methods that need data before training receive one batch of two random images.
     """

@@ -1,6 +1,6 @@
-"""Benchmarks of step time and memory: medians over interleaved steps.
+"""Benchmarks of step time, as medians over interleaved steps, and of memory.
 
-A workload is a model with a rank, a sparsity, a dtype and a device. A setting is a workload with a batch size, and each
+A workload is a model with a rank, a sparsity, a dtype, and a device. A setting is a workload with a batch size. Each
 row of results belongs to one method in one setting.
 """
 
@@ -85,7 +85,7 @@ class BenchConfig:
 
 
 def grid(device: str = "cpu", out: str | None = None) -> BenchConfig:
-    """Return the full grid: four ViTs, four batch sizes, two ranks, four sparsities and two dtypes. It takes hours."""
+    """Return the full grid: four ViTs, four batch sizes, two ranks, four sparsities, and two dtypes. It takes hours."""
     return BenchConfig(
         backbones=["vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"],
         batch=[1, 4, 16, 64],
@@ -143,15 +143,15 @@ class Runner:
 
 
 _STEPS = 2
-"""Number of training steps in which the peak memory is measured."""
+"""Number of training steps over which the peak memory is measured."""
 
 
 def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
     """Measure the peak memory of two training steps, in MiB.
 
     On a GPU, `peak_gpu_mib` is the peak of the allocator. On a CPU, the steps run in a new process: `peak_rss_mib` is
-    the peak resident set size of this process, including libraries and thread pools, and `peak_step_mib` is the growth
-    of the peak during the steps. Building the model and the optimizer is excluded if the system can reset the peak.
+    the peak resident set size of that process, including libraries and thread pools, and `peak_step_mib` is the growth
+    of the peak during the steps. If the system can reset the peak, it is reset once the model and optimizer are built.
     """
     if torch.device(workload.device).type == "cuda":
         gc.collect()  # models of earlier measurements are in reference cycles
@@ -164,7 +164,7 @@ def peak_mib(name: str, workload: Workload, batch: int) -> dict[str, float]:
 def peak_of_child(function: Callable[..., float], name: str, *args: Any) -> dict[str, float]:
     """Measure the peak resident set size of a new process that calls `function(name, *args)`.
 
-    `function` must be importable and return the memory at the start of the measurement in MiB. It may call
+    `function` must be importable and return the memory at the start of the measurement, in MiB. It may call
     `reset_peak_rss` first. `name` identifies the measurement in errors.
 
     Returns:
@@ -216,8 +216,8 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
     """Time training steps of all methods on the same images, return the rows, and append them to `config.out` if set.
 
     After two warm-up steps, every round takes one step of each method, in random order. A method is skipped if its
-    gradients are not finite, if its backend of SNELLA's op is unavailable or differs from the reference, or if it does
-    not fit into GPU memory. With `rounds=0`, only saved tensors and parameters are counted.
+    gradients are not finite, if it uses a backend that is unavailable or gives wrong results, or if it does not fit
+    into GPU memory. With `rounds=0`, only saved tensors and parameters are counted.
 
     Raises:
         ValueError: If the device is not available.
@@ -327,7 +327,7 @@ def _count(config: BenchConfig, workload: Workload, batch: int) -> list[dict[str
 
 
 def setting_fields(workload: Workload, batch: int) -> dict[str, Any]:
-    """Convert a setting to row fields, except for the device."""
+    """Return the row fields of a setting, except for the device."""
     fields = {key: value for key, value in asdict(workload).items() if key not in ("dtype", "device")}
     return {**fields, "dtype": str(workload.dtype).removeprefix("torch."), "batch": batch}
 
@@ -366,7 +366,7 @@ def ratio_fields(reference: str, times: list[float], reference_times: list[float
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
-    """Return the first and third quartile. For a single value, both are this value."""
+    """Return the first and third quartiles. For a single value, both are this value."""
     if len(values) < 2:
         return values[0], values[0]
     lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -375,10 +375,10 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 
 def _table(rows: list[dict[str, Any]], workload: Workload, batch: int) -> Table:
     """Return the console table of one setting."""
-    peak = next((key for key in ("peak_gpu_mib", "peak_rss_mib") if rows and key in rows[0]), None)
+    peak_column = next((key for key in ("peak_gpu_mib", "peak_rss_mib") if rows and key in rows[0]), None)
     shown = list(_TABLE_COLUMNS)
-    if peak is not None:
-        shown.append(peak)
+    if peak_column is not None:
+        shown.append(peak_column)
     dtype = str(workload.dtype).removeprefix("torch.")
     title = f"{workload.backbone}, batch {batch}, r {workload.r}, sparsity {workload.sparsity}, {dtype}"
     columns = [name.replace("_", " ") for name in shown]

@@ -1,9 +1,10 @@
-"""Cost model of a training step: FLOPs, bytes moved, bytes saved and communication for plain transformers.
+"""Cost model of a training step of a plain transformer: FLOPs, bytes moved, bytes saved, and communication.
 
-Counts are closed-form functions of shapes. `machines` converts them to seconds. Merging computes SNELLA's update from
-its factors and adds the update to the frozen weight `W0`, which gives the weight `W` of the step.
+Counts are closed-form functions of shapes. `machines` converts them to seconds. Merging computes a matrix `ΔW` from
+SNELLA's factors and adds its largest entries, the update, to the frozen weight `W0`. The sum is the weight `W` of the
+step.
 
-Shape letters: `d` width, `h` hidden width of the MLP, `r` rank, `n` inputs and `m` outputs of a layer.
+Shape letters: `d` width, `h` hidden width of the MLP, `r` rank, `n` inputs of a layer, `m` outputs of a layer.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ Strategy = Literal["ddp", "fsdp2"]
 _FLOAT32 = 4  # bytes per entry
 _HALF = 2  # bytes per entry
 _SIZES: dict[Precision, tuple[int, int, int]] = {"float32": (4, 4, 4), "autocast": (2, 4, 4), "bfloat16": (2, 2, 2)}
-"""Bytes of an activation, of a frozen weight and of an entry of the residual stream."""
+"""Bytes of an activation, of a frozen weight, and of an entry of the residual stream."""
 _INT8 = 17 / 16  # bytes per entry, where 64 entries share a float32 scale
-_ADAMW = 28  # bytes per parameter: reads weight, gradient and two moments, writes weight and moments
+_ADAMW = 28  # bytes per parameter: reads weight, gradient, and two moments; writes weight and moments
 _DENSE_FROM = 0.1  # below this density, CPUs compute a weight gradient only for the changed weights
 
 
@@ -145,7 +146,7 @@ METHODS: dict[str, Method] = {
     "snella-compress": Method("snella", recompute=True, compress=True),
     "snella-compress-sample": Method("snella", recompute=True, compress=True, sample=0.5),
 }
-"""Methods keyed by their `snella bench` name. `frozen` trains the head and the class token."""
+"""Methods by their name in `snella bench`. `frozen` trains the head and the class token."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,8 @@ class Kernels:
 
 
 NUMBA = Kernels(operations=180, per_rank=10, merged_bytes=16, weight_accesses=4, launches=0, dense=False)
-"""Forward: write `ΔW`, read it twice. Backward: one sweep over the gradient. An entry takes six roots, two exponentials
-and `10r` operations for distances and gradients of the factors."""
+"""Forward: write `ΔW`, read it twice. Backward: one sweep over the gradient. An entry takes six roots, two
+exponentials, and `10r` operations for distances and gradients of the factors."""
 TRITON = Kernels(operations=905, per_rank=35, merged_bytes=35, weight_accesses=6, launches=17, dense=True, serial=27.0)
 """Operations are the instructions that the compiled kernels execute per entry for `mix_k`
 (`benchmarks/triton_resources.jsonl`, compute capability 9.0): a constant at rank 8, and a slope per rank up to 32.
@@ -242,7 +243,7 @@ class StepCount:
     def sharded_peak(self, devices: int) -> float:
         """Return the peak bytes per device under FSDP2, with a share of the base weights and two gathered blocks.
 
-        Adapters, their gradients and their moments stay replicated. Full fine-tuning also shards gradients and moments.
+        Adapters, their gradients, and their moments stay replicated. Full fine-tuning shards gradients and moments too.
         """
         trained = _FLOAT32 * self.trainable / (devices if self.is_full else 1)
         state = self.base_weights / devices + _FLOAT32 * self.adapters + 2 * self.block_weights + 2 * trained
@@ -325,7 +326,7 @@ def count_step(
         model, options, tokens, sparsity, precision, kernels
     )
     block = _frozen_block(model, tokens, precision)
-    if is_checkpointed:  # the repeated forward pass is a third of the vector operations, bytes and launches
+    if is_checkpointed:  # repeats the forward pass, a third of the vector operations, bytes, and launches
         products = 2 * tokens * model.entries + 4 * tokens * model.tokens * model.width
         block = block.plus(_Cost(products, block.vector / 3, block.moved / 3, block.launches / 3))
     block = block.plus(_method_cost(model, options, tokens, activation, r))
@@ -366,7 +367,7 @@ def count_step(
 
 @dataclass(frozen=True)
 class _Cost:
-    """Products, vector operations, bytes moved and launches of one block in both passes."""
+    """Products, vector operations, bytes moved, and launches of one block in both passes."""
 
     products: float = 0.0
     vector: float = 0.0
@@ -480,7 +481,7 @@ def _saved_by_block(model: Transformer, options: Method, tokens: int, r: int, pr
     activation, _, stream = _SIZES[precision]
     attention = d + 2 * kv
     hidden_tensors = 1 + model.is_llama
-    # inputs of two normalizations, q, k and v, the output of attention, and the input of the activation (and the gate)
+    # inputs of two normalizations; q, k, and v; the output of attention; the input of the activation (and the gate)
     per_token: float = 2 * d * stream + (attention + d + hidden_tensors * h) * activation
     if options.compress:  # in 8 bits, without the output of attention
         per_token = _INT8 * (2 * d + attention + hidden_tensors * h)

@@ -39,10 +39,10 @@ class Diagnosis:
     """Results of `snella doctor`.
 
     Attributes:
-        machine: Operating system, CPU, memory, versions and GPUs.
-        checks: One check per device, backend and dtype.
-        steps: Rows of `snella bench` for LoRA, full fine-tuning and SNELLA.
-        merges: Times of merging one matrix (`ΔW`, exact threshold, addition to the weight); see `time_merges`.
+        machine: Operating system, CPU, memory, versions, GPUs, and driver.
+        checks: One check per device, backend, and dtype.
+        steps: Rows of `snella bench` for LoRA, full fine-tuning, and SNELLA.
+        merges: Times of merging one matrix, i.e. computing its update and adding it to the weight; see `time_merges`.
     """
 
     machine: dict[str, Any]
@@ -67,7 +67,7 @@ def diagnose(
     Args:
         time_steps: If True, time training steps and merging.
         out: JSON file for the results. None writes no file.
-        console: Output console, by default stdout.
+        console: Output console. Defaults to standard output.
         rounds: Timed steps per method.
     """
     console = console or make_console()
@@ -135,7 +135,7 @@ def time_merges(steps: list[dict[str, Any]], device: str) -> list[dict[str, Any]
         device: Device of the tensors.
 
     Returns:
-        One row per shape, for each dtype in `steps`. It contains the median milliseconds of all calls but the first,
+        One row per shape, for each dtype in `steps`. A row contains the median milliseconds of all calls but the first
         and the estimated fraction of the SNELLA step that is spent on merging the ViT-B matrices of this shape in the
         forward pass. The fraction is None if `steps` has no SNELLA row of this dtype.
     """
@@ -219,5 +219,5 @@ def _describe_gpu(index: int) -> str:
 
 
 def _bfloat16(is_supported: bool) -> str:
-    """Format whether a device has instructions for bfloat16 products."""
+    """Return text that states whether a device has instructions for bfloat16 products."""
     return f", bfloat16 products: {'yes' if is_supported else 'no'}"

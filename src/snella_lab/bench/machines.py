@@ -5,11 +5,11 @@ The host launches kernels while the device runs earlier ones, and communication 
     device  = FLOP / product + vector operations / vector + bytes moved / memory + serial instructions / issue
     seconds = max(device, launches · launch_s, bytes sent / link)
 
-DDP reduces gradients during the backward pass, and FSDP2 gathers a block while the previous one computes. Without any
-overlap, a step would take the sum of computation and communication, which is at most twice the maximum. Merging
+DDP reduces gradients during the backward pass, and FSDP2 gathers a block while the previous one is computed. Without
+any overlap, a step would take the sum of computation and communication, which is at most twice the maximum. Merging
 computes SNELLA's update and adds it to the weight.
 
-`benchmarks/cost_model.py` fits the product, vector and memory rates of CPUs to measured steps. Rates of GPUs are
+`benchmarks/cost_model.py` fits the product, vector, and memory rates of CPUs to measured steps. Rates of GPUs are
 datasheet values times assumed efficiencies.
 """
 
@@ -125,18 +125,18 @@ EFFICIENCIES = {
     "vector": (0.25, 0.5, 0.75),
     "memory": (0.55, 0.7, 0.85),
 }
-"""Assumed fractions of the peak rates: low, expected and high."""
+"""Assumed fractions of the peak rates: low, expected, and high."""
 _LINK = 0.7  # assumed fraction of the link rate
 LAUNCHES = (5e-6, 10e-6, 20e-6)
-"""Assumed host seconds per kernel launch in eager mode: low, expected and high."""
+"""Assumed host seconds per kernel launch in eager mode: low, expected, and high."""
 
 
 def gpu_rates(
     gpu: str, product: int = 1, vector: int = 1, memory: int = 1, launch: int = 1, *, is_float32: bool = False
 ) -> Rates:
-    """Return the rates of a GPU, where products run without tensor cores if `is_float32`.
+    """Return the rates of a GPU. If `is_float32` is True, products run without tensor cores.
 
-    Each of the four levels is 0 (low), 1 (expected), or 2 (high).
+    Each of the other four arguments is the level of an assumption: 0 (low), 1 (expected), or 2 (high).
     """
     peak = GPUS[gpu]
     vector_efficiency = EFFICIENCIES["vector"][vector]
@@ -152,7 +152,7 @@ def gpu_rates(
 
 
 def tokens_until(model: Transformer, is_reached: Callable[[int], bool]) -> int | None:
-    """Return the size in tokens of the smallest batch that meets a monotonic condition, or None above a million."""
+    """Return the size in tokens of the smallest batch that meets a monotonic condition; None if above a million."""
     low = 0
     high = _MAX_TOKENS // model.tokens
     if not is_reached(high):
@@ -193,18 +193,18 @@ class GpuForecast:
         return count_step(self.shape, method, batch, r=self.r, precision=precision, kernels=TRITON)
 
     def seconds(self, method: str) -> tuple[float, float, float]:
-        """Return the lowest, expected and highest step time, in seconds."""
+        """Return the lowest, expected, and highest step time, in seconds."""
         step = self.count(method)
         return self._range(lambda rates: rates.seconds(step))
 
     def ratio(self, method: str) -> tuple[float, float, float]:
-        """Return the lowest, expected and highest step time relative to LoRA."""
+        """Return the lowest, expected, and highest step time relative to LoRA."""
         step = self.count(method)
         lora = self.count("lora")
         return self._range(lambda rates: rates.seconds(step) / rates.seconds(lora))
 
     def _range(self, value: Callable[[Rates], float]) -> tuple[float, float, float]:
-        """Return the lowest, expected and highest value over all combinations of assumptions."""
+        """Return the lowest, expected, and highest value over all combinations of assumptions."""
         levels = itertools.product(range(3), repeat=4)
         values = [value(gpu_rates(self.gpu, *level, is_float32=self._is_float32)) for level in levels]
         return min(values), value(self._expected), max(values)
@@ -216,7 +216,7 @@ class GpuForecast:
 
     @property
     def crossing(self) -> int | None:
-        """Tokens per step from which SNELLA is at least as fast as LoRA, or None if above a million tokens."""
+        """Tokens per step from which SNELLA is at least as fast as LoRA, or None if above a million."""
         rates = self._expected
 
         def is_as_fast(batch: int) -> bool:
@@ -267,7 +267,7 @@ def forecast(
 
 
 def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int = 100) -> Transformer | None:
-    """Return the shape of a plain timm `VisionTransformer`, or None for a different model, block or MLP.
+    """Return the shape of a plain timm `VisionTransformer`, or None for a different model, block, or MLP.
 
     If possible, the model is built on the meta device, which allocates no weights.
     """

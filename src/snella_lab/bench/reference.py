@@ -20,8 +20,8 @@ from snella.sparsify import SparsifyMode
 from snella.update import Update, UpdateSpec
 
 SHAPES = (((1,), 1), ((96,), 80), ((17,), 33), ((40, 40, 40), 64), ((768,), 192))
-"""`(rows of each matrix, columns)` of a weight: a single entry, even and odd shapes, a fused layer of query, key and
-value, and a layer of a ViT."""
+"""Shapes of weights, `(rows of each matrix, columns)`: a single entry, even and odd shapes, a fused layer of query,
+key, and value, and a layer of a ViT."""
 KERNELS = ("mix_k", "p_linear")
 """Kernels that are checked with every shape. `check_cases` yields `normalized_rbf` with only two shapes."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,7 +33,7 @@ _SCALARS = ("piece_coeff", "alpha", "beta", "temperature")
 
 @dataclass(frozen=True)
 class CheckCase:
-    """Case of a check: kernel, shape, rank and sparsification mode of the update of one weight."""
+    """Case of a check: kernel, shape, rank, and sparsification mode of the update of one weight."""
 
     kernel: str
     rows: tuple[int, ...]
@@ -51,7 +51,7 @@ class CheckCase:
 
 
 def check_cases() -> Iterator[CheckCase]:
-    """Yield each of `KERNELS` with every shape, then `normalized_rbf`, mode `official` and rank 32 with some shapes."""
+    """Yield cases: `KERNELS` with every shape, then `normalized_rbf`, mode `official`, and rank 32 with some shapes."""
     for kernel in KERNELS:
         for rows, columns in SHAPES:
             yield CheckCase(kernel, rows, columns)
@@ -72,9 +72,9 @@ class BackendCheck:
     Attributes:
         device: Device of the tensors.
         impl: Backend.
-        dtype: Dtype of input, weight and gradient. Factors are in float32.
+        dtype: Dtype of the input, the weight, and the output's gradient. Factors and scalars are in float32.
         cases: Number of cases; see `check_cases`. 0 if a case raised an error.
-        worst: Largest ratio of error to tolerance over all cases, outputs and gradients. At most 1 for a correct
+        worst: Largest ratio of error to tolerance over all cases, outputs, and gradients. At most 1 for a correct
             backend. Infinite for NaN and for kernels that raise a RuntimeError, e.g. in the first-use check.
         where: Case and tensor with the largest ratio.
         error: Reason why the backend is not available, or its RuntimeError. Empty otherwise.
@@ -90,7 +90,7 @@ class BackendCheck:
 
     @property
     def verdict(self) -> str:
-        """`correct`, `wrong` or `not available`."""
+        """`correct`, `wrong`, or `not available`."""
         if self.worst > 1:
             return "wrong"
         return "not available" if self.error else "correct"
@@ -99,8 +99,8 @@ class BackendCheck:
 def check_backend(impl: str, device: str, dtype: str = "fp32", *, sparsity: float = 0.7) -> BackendCheck:
     """Compare a backend with the float64 reference in all `check_cases`.
 
-    `dtype` is the dtype of input, weight and gradient: `fp32` or `bf16`. The check ends at the first case that
-    raises an error.
+    `dtype` is the dtype of the input, the weight, and the output's gradient: `fp32` or `bf16`. The check ends at the
+    first case that raises an error.
     """
     worst = 0.0
     where = ""
@@ -140,8 +140,8 @@ def _ratios(case: CheckCase, impl: str, device: str, dtype: torch.dtype, sparsit
     actual = []
     for seed in range(_SAMPLES):
         tensors = _tensors(case, seed, device, dtype)
-        float64 = {name: tensor.double() for name, tensor in tensors.items()}
-        exact.append(_solve(case, float64, "reference", sparsity))
+        double_tensors = {name: tensor.double() for name, tensor in tensors.items()}
+        exact.append(_solve(case, double_tensors, "reference", sparsity))
         reference.append(_solve(case, tensors, "reference", sparsity))
         actual.append(_solve(case, tensors, impl, sparsity))
     eps = {name: torch.finfo(tensor.dtype).eps for name, tensor in reference[0].items()}
@@ -161,7 +161,7 @@ def _ratios(case: CheckCase, impl: str, device: str, dtype: torch.dtype, sparsit
 
 
 def _tensors(case: CheckCase, seed: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Create random tensors for one layer: input, weight, factors, scalars and output gradient."""
+    """Create random tensors for one layer: input, weight, factors, scalars, and output gradient."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
@@ -184,7 +184,7 @@ def _tensors(case: CheckCase, seed: int, device: str, dtype: torch.dtype) -> dic
 
 
 def _solve(case: CheckCase, tensors: dict[str, Tensor], impl: str, sparsity: float) -> dict[str, Tensor]:
-    """Return the output `y` of one layer and the gradients of its input, weight, factors and scalars, by name."""
+    """Return the output `y` of one layer and the gradients of its input, weight, factors, and scalars, by name."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if name != "grad_y"}
     factors = Factors(*(leaves.get(name) for name in Factors._fields))  # type: ignore[arg-type]
     spec = UpdateSpec(make_kernel(case.kernel), case.rows, case.mode)

@@ -60,7 +60,7 @@ _MEMORY_LABELS = {
 
 
 def is_step_time(row: dict[str, Any]) -> bool:
-    """Return True for a row of step times that is drawn in figures. `snella-keep-delta` is not drawn on CPUs."""
+    """Return True for a row of step times that is drawn in figures. `snella-keep-delta` is drawn only for GPUs."""
     is_hidden = row.get("method") == "snella-keep-delta" and row["device"].startswith("cpu")
     return row.get("benchmark") == "step_time" and not is_hidden
 
@@ -83,12 +83,12 @@ def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
             title = f"{backbone}, {_settings_text(*common)}"
             paths.append(_draw_lines(path, figure_rows, "batch", "step_s", title, "batch size", "seconds per step"))
     for (batch, *common), figure_rows in grouped(rows, "batch", *_COMMON).items():
-        memory = next(key for key in _MEMORY_LABELS if all(key in row for row in figure_rows))
+        measure = next(key for key in _MEMORY_LABELS if all(key in row for row in figure_rows))
         if len({row["backbone"] for row in figure_rows}) > 1:
             path = folder / f"memory-batch{batch}{_suffix(*common)}.svg"
-            label = _MEMORY_LABELS[memory]
+            label = _MEMORY_LABELS[measure]
             title = f"batch {batch}, {_settings_text(*common)}"
-            paths.append(_draw_lines(path, figure_rows, "million", memory, title, "weights (millions)", label))
+            paths.append(_draw_lines(path, figure_rows, "million", measure, title, "weights (millions)", label))
     return paths
 
 

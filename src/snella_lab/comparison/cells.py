@@ -17,8 +17,8 @@ from snella_lab.comparison.rows import CellRow, SearchChoice
 from snella_lab.comparison.search import Candidate, TuningResult, next_tuning_runs
 
 TEST_SEED = 0
-"""Default seed of the test split, the same in every cell. Run seeds change only the training and validation splits, so
-that no run is tuned on the test images of another."""
+"""Default seed of the test split, the same in every cell. A run's seed does not change the test split, so
+no run is tuned on the test images of another run."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Cell:
     Args:
         data: The task.
         method: The method.
-        seed: Seed of the train/validation split, initialization, shuffling and augmentation.
+        seed: Seed for the train/validation split, initialization, shuffling, and augmentation.
         candidate: Learning-rate factor and weight decay.
         is_final: True for a final run, the only kind that is evaluated on test images.
         search: Result of the hyperparameter search, which is stored in the row of a final run.
@@ -87,7 +87,7 @@ class Cell:
 
 
 def tuned_settings(defaults: TrainConfig, candidate: Candidate) -> dict[str, float]:
-    """Return `lr`, `head_lr` and `weight_decay` of a candidate, given the method's default settings.
+    """Return `lr`, `head_lr`, and `weight_decay` of a candidate, given the method's default settings.
 
     The candidate's factor scales `lr` and, for methods that train only the head, also `head_lr`.
     """
@@ -113,7 +113,7 @@ def tuning_result(row: CellRow) -> TuningResult:
 
 
 Unit: TypeAlias = tuple[DataEntry, MethodEntry, tuple[int, ...]]
-"""Task, method and seeds of final runs."""
+"""Task, method, and seeds of final runs."""
 
 
 def units(experiment: Experiment) -> list[Unit]:
@@ -138,7 +138,7 @@ class Plan:
     """Finished and remaining cells of an experiment.
 
     Cells are grouped by pairs of task and method. `record` recomputes only the pair of the new row, so its cost does
-    not depend on the number of cells.
+    not grow with the number of pairs.
 
     Args:
         experiment: The experiment.

@@ -1,7 +1,7 @@
 """Comparison driver.
 
-`compare` trains the missing runs of an experiment, then writes the tables and the HTML report. `choose_method` selects
-the method of a run with a small comparison. A cell is one run of a comparison, and its row contains its results.
+`compare` trains the missing runs of an experiment, then writes the tables and the HTML report. `choose_method` uses a
+small comparison to select the method of a run. A cell is one run of a comparison, and its row contains its results.
 """
 
 import math
@@ -81,16 +81,17 @@ def compare(
         Path of the report. With `part`, the path of the folder; with `emit`, the path of the submission script.
 
     Raises:
-        FileExistsError: If `out` contains files but no comparison, or `emit_to` contains other scripts with the
-            same names.
+        FileExistsError: If `out` contains files but no comparison, or `emit_to` contains files that have the
+            scripts' names but were not written for `out`.
         FileNotFoundError: If `experiment` is None and `out` contains no comparison.
         ImportError: If `ray` is set and Ray is not installed.
         ConnectionError: If `ray` is set and the cluster at `RAY_ADDRESS` is unreachable.
         NotImplementedError: If `torchrun` or `accelerate` started several processes.
         TimeoutError: If `retry_failed` is set and another process is writing the results file.
-        ValueError: If settings conflict with each other, the stored experiment, the data, or the Ray cluster.
+        ValueError: If the data, the device, or the backbone is invalid, or settings conflict with each other, with the
+            stored experiment, or with the Ray cluster.
         CellsFailedError: If a final run failed, or a tuning run failed for a reason other than a diverged loss. The
-            error is raised after the report is written, and never with `draw_only`, `part` or `emit`.
+            error is raised after the report is written, and never with `draw_only`, `part`, or `emit`.
         TrainingInterrupted: On Ctrl-C or SIGTERM; finished runs remain stored.
     """
     require_single_process("a comparison")
@@ -158,7 +159,7 @@ def _write_reports(root: Path, experiment: Experiment, rows: Rows, console: Cons
 
 
 def validate_inputs(experiment: Experiment, console: Console, checks_device: bool = True) -> None:
-    """Validate all data, the device and the backbone before training, and print descriptions of the data.
+    """Validate the data, the device, and the backbone before training, and print a description of each task's data.
 
     Pass `checks_device=False` if only the machines of a cluster have the device.
 
@@ -246,7 +247,7 @@ def _store(root: Path, experiment: Experiment) -> Experiment:
 
 
 def _print_additional_entries(requested: Experiment, merged: Experiment, console: Console) -> None:
-    """Print which methods, tasks and seeds only the stored experiment contains, because they are trained, too."""
+    """Print the methods, tasks, and seeds that come only from the stored experiment, because they are trained, too."""
     additions = []
     for kind in ("methods", "data"):
         requested_names = [entry.name for entry in getattr(requested, kind)]
@@ -270,11 +271,11 @@ _CHOICE_COSTS = ("accelerator_memory_max", "training_mib", "train_time")
 def choose_method(config: TrainConfig, console: Console | None = None) -> TrainConfig:
     """Replace method auto with the winner of a small comparison on validation images.
 
-    The comparison trains linear, bias, lora-8 and snella-matched at their default `lr` with two seeds, for at most 5
+    The comparison trains linear, bias, lora-8, and snella-matched at their default `lr` with two seeds, for at most 5
     epochs on at most 400 training images, each run in a separate process. Test images are never used. Among the
     methods within one standard error of the best, the one with the lowest memory use wins. Ties in memory (within 5%)
     go to the fastest method. The runs, including failed ones, are stored in `OUT-choice`. An interrupted selection
-    resumes from them. With `resume`, a run that has started keeps its method.
+    resumes from them. With `resume`, a run that has already started keeps its method.
 
     Args:
         config: Settings of a new or resumed run, with method auto.
@@ -285,7 +286,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
         FileNotFoundError: If the data does not exist.
         ImportError: If a package for the data is not installed.
         NotImplementedError: If `torchrun` or `accelerate` started several processes.
-        ValueError: If data or settings are invalid, or `OUT-choice` contains a selection with other settings.
+        ValueError: If data or settings are invalid, or `OUT-choice` contains a selection with different settings.
         CellsFailedError: If every method failed, or another process is training one of the runs.
         TrainingInterrupted: On Ctrl-C or SIGTERM; finished runs remain stored.
     """
@@ -450,7 +451,7 @@ def _train_all(root: Path, plan: Plan, rows: Iterable[CellRow], execution: Execu
 
 
 class _RunLimit:
-    """Time limit of each run. The time starts when a worker locks the cell, so waiting for a worker does not count."""
+    """Time limit of each run. The clock starts when a worker locks the cell, so waiting for a worker does not count."""
 
     def __init__(self, root: Path, executor: Executor, limit_s: float) -> None:
         self._root = root
@@ -501,10 +502,10 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 def _start(
     root: Path, plan: Plan, running: dict[str, Cell], executor: Executor, progress: ComparisonProgress
 ) -> tuple[int, int]:
-    """Start runs in free slots, and record blocked runs and runs that other processes finished.
+    """Start runs in free slots, and record blocked runs and runs that other processes have finished.
 
     Returns:
-        Number of runs claimed by other processes and number of recorded runs.
+        Number of runs claimed by other processes, and number of recorded runs.
     """
     claimed = recorded = 0
     slots = executor.slots

@@ -1,6 +1,6 @@
 """Executors that train the cells of a comparison: in this process, in subprocesses, or on Ray.
 
-A cell is one run of the comparison.
+A cell is one run of the comparison, and its row contains its settings and results.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ class Job(NamedTuple):
     Attributes:
         root: Folder of the comparison.
         experiment: The experiment.
-        threads: Threads of the process.
-        state: Git state of the parent process, which the rows record.
+        threads: Number of threads in the process.
+        state: Commit and dirty flag for the row, determined by the parent process.
         keep_checkpoints: If True, save a checkpoint after each epoch.
         folder: Working directory on machines where it exists. None keeps the current one.
     """
@@ -62,8 +62,8 @@ class Executor(Protocol):
     def wait(self, timeout_s: float) -> list[Outcome]:
         """Wait until a cell ends or the timeout expires, and return the outcomes.
 
-        An outcome with neither a row nor an error means that the cell must be started again or another process has
-        claimed it.
+        An outcome with neither a row nor an error means that the cell must be started again, or that another process
+        has claimed it.
         """
 
     def stop(self, cell: Cell) -> None:
@@ -93,7 +93,7 @@ class InThisProcess:
         self._finished.append(outcome)
 
     def wait(self, timeout_s: float) -> list[Outcome]:
-        """Return the outcomes of the cells trained since the last call."""
+        """Return the outcomes of the cells trained since the last call. If there are none, wait for the timeout."""
         if not self._finished:
             time.sleep(timeout_s)
         finished = self._finished
@@ -210,7 +210,8 @@ class OnRay:
         experiment: The experiment.
         slots: Maximum number of parallel cells. None uses the whole cluster.
         threads: Threads per cell, reserved as Ray CPUs.
-        gpus: GPUs per cell, reserved as Ray GPUs. None divides the cluster's GPUs among `slots`, at most one per cell.
+        gpus: GPUs per cell, reserved as Ray GPUs. None reserves an equal share for each slot: at most one GPU, or none
+            if the training uses no GPU. Without `slots`, the share is one GPU.
 
     Raises:
         ImportError: If Ray is not installed.
@@ -331,7 +332,7 @@ _NODE_REFRESH_S = 2.0
 
 
 def _connect(ray: Any, cpus: int | None) -> None:
-    """Connect to the cluster at `RAY_ADDRESS`, or start a local one with `cpus` CPUs."""
+    """Connect to the cluster at `RAY_ADDRESS`, or start a local one with `cpus` CPUs (None for all)."""
     address = os.environ.get("RAY_ADDRESS")
     if address is None:
         ray.init(address="local", log_to_driver=False, include_dashboard=False, num_cpus=cpus or os.cpu_count())

@@ -1,4 +1,4 @@
-"""Experiment of a comparison: methods, data, shared settings and tuning grid.
+"""Experiment of a comparison: methods, data, shared settings, and tuning grid.
 
 A task is a dataset with its settings. An experiment trains every method on every task with several seeds.
 """
@@ -26,12 +26,13 @@ OVER_GROUPS = "mean over groups"
 
 
 def published_errors(published: Mapping[str, Any], tasks: Iterable[str], groups: Iterable[str]) -> list[str]:
-    """Validate an experiment's `published` entry: the numbers reported in a paper.
+    """Validate an experiment's `published` entry: numbers reported and orderings claimed in a paper.
 
     Args:
-        published: `source`, a string; `values`, percentages by method label, then by task, group or mean; and
-            `orderings`, each with the method labels `higher` and `lower`, an optional `task`, and an optional result
-            column `metric` (default: `test_accuracy`, or the main metric of a task without accuracy).
+        published: Mapping with `source`, a string, and at least one of `values` and `orderings`; or an empty mapping.
+            `values` contains percentages by method label, then by task, group, or mean. Each ordering has the method
+            labels `higher` and `lower`, an optional `task`, and an optional result column `metric` (default:
+            `test_accuracy`, or the main metric if the experiment does not measure accuracy).
         tasks: Labels of the experiment's data.
         groups: Groups of the data.
 
@@ -98,8 +99,8 @@ DATA_SETTINGS = (
     *("train_size", "val_size", "test_size", "val_fraction", "test_fraction", "batch_size"),
     *("columns", "class_order", "channels", "white", "lr", "head_lr", "weight_decay", *_SPARSE_SETTINGS),
 )
-"""Settings of a data entry. Those in `_SPARSE_SETTINGS` apply only to sparse methods, i.e. those with a target
-sparsity."""
+"""Settings of a data entry. Those in `_SPARSE_SETTINGS` apply only to sparse methods, i.e. methods with a
+target sparsity."""
 SHARED_SETTINGS = (
     *("task", "monitor", "loss", "class_weights", "sampler", "epochs", "epoch_images", "img_size", "weights"),
     *("pretrained", "augment", "tta", "warmup_ratio", "max_grad_norm", "label_smoothing", *DATA_SETTINGS),
@@ -151,11 +152,11 @@ class DataEntry:
 
 _MAX_NAME = 100
 """Maximum length of the folder name of a method or task. It keeps the names of lock and temporary files within the
-limit of 255 bytes."""
+file systems' limit of 255 bytes."""
 
 
 def method_entry(value: Any) -> MethodEntry:
-    """Parse a method: a name, or a mapping with `method` and, optionally, `name`, `options` and settings.
+    """Parse a method: a name, or a mapping with `method` and, optionally, `name`, `options`, and settings.
 
     Raises:
         ValueError: If the value is neither a string nor a mapping, a key is unknown, `method` is missing, or `options`
@@ -170,7 +171,7 @@ def method_entry(value: Any) -> MethodEntry:
 
 
 def data_entry(value: Any) -> DataEntry:
-    """Parse a task: a data specification, or a mapping with `data` and, optionally, `name`, `group` and settings.
+    """Parse a task: a data specification, or a mapping with `data` and, optionally, `name`, `group`, and settings.
 
     Raises:
         ValueError: If the value is neither a string nor a mapping, a key is unknown, or `data` is missing.
@@ -199,7 +200,7 @@ def _entry(value: Any, where: str, required: str, optional: Iterable[str]) -> di
 
 
 def plain_entry(entry: MethodEntry | DataEntry) -> dict[str, Any]:
-    """Convert an entry to plain values for YAML, with the settings next to the other keys."""
+    """Convert an entry to plain values for YAML, with the settings at the same level as the other keys."""
     values = {k: v for k, v in dataclasses.asdict(entry).items() if k != "settings"}
     return {**values, **entry.settings}
 
@@ -247,7 +248,7 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
     Args:
         method: The method, whose settings override the task's.
         data: The task, whose settings override the shared ones.
-        shared: Entries of `SHARED_SETTINGS`.
+        shared: Values of settings in `SHARED_SETTINGS`, by name.
         **values: Additional settings, which override all of the above.
 
     Raises:
@@ -309,12 +310,12 @@ class Experiment:
         name: Short name.
         seeds: Number of final runs per method and task, with seeds 0, 1, …
         grid: Tuning grid.
-        settings: Settings shared by all runs, entries of `SHARED_SETTINGS`.
+        settings: Settings shared by all runs. Their names are entries of `SHARED_SETTINGS`.
         reference: Label of the method that the others are compared with. None selects the first LoRA method, or the
             first method if there is none.
-        forgetting: Datasets for the linear probe that measures forgetting. Each task uses the first one that differs
-            from its own data. `()` disables the probe. None selects the data of the first two tasks (only for
-            classification, and except tasks that set `columns`), then `digits`.
+        forgetting: Datasets for the linear probe that measures forgetting, i.e. how much accuracy the probe loses on
+            other data. Each task uses the first dataset that differs from its own. `()` disables the probe. None
+            selects the data of the first two tasks (for classification, unless `columns` is set), then `digits`.
         forgetting_images: Maximum number of images for the probe.
         about: Purpose of the comparison.
         command: Command that starts the comparison.
@@ -340,7 +341,7 @@ class Experiment:
     published: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Validate all settings that need neither the data nor the model, and report all errors together."""
+        """Validate all settings that can be checked without the data and the model, and report all errors together."""
         errors = [*self._size_errors(), *entry_errors("methods", self.methods), *entry_errors("data", self.data)]
         names = [entry.name for entry in self.methods]
         if self.reference is not None and self.reference not in names:
@@ -362,7 +363,7 @@ class Experiment:
 
     @property
     def has_search(self) -> bool:
-        """True if methods are tuned."""
+        """True if the grid has several learning rates or any weight decay to try."""
         return len(set(self.grid.lr_factors)) > 1 or len(self.grid.weight_decays) > 0
 
     @property
@@ -379,7 +380,7 @@ class Experiment:
 
     @property
     def published_metric(self) -> str:
-        """Row column of published numbers: test accuracy, or the main metric of a task without accuracy."""
+        """Result column of published numbers: test accuracy, or the main metric if accuracy is not measured."""
         return f"test_{'accuracy' if 'accuracy' in self.measures else self.metric}"
 
     @property
@@ -400,7 +401,7 @@ class Experiment:
         return None
 
     def with_probes(self) -> "Experiment":
-        """Return the experiment with the default of `forgetting` filled in, so that later tasks do not change it."""
+        """Return the experiment with the default of `forgetting` filled in, so that adding tasks does not change it."""
         if self.forgetting is not None:
             return self
         datasets: list[str] = []
@@ -466,11 +467,11 @@ class Experiment:
     def merged_with(self, stored: "Experiment", folder: Path) -> "Experiment":
         """Merge with the experiment stored in `folder`.
 
-        The result has the methods and tasks of both, the larger number of seeds, merged published numbers, the name and
-        descriptions of this experiment, and the reference of this experiment or, if it is None, the stored one.
+        The result has the methods and tasks of both, the larger number of seeds, merged published numbers, and the name
+        and descriptions of this experiment. The reference is this experiment's or, if it has none, the stored one.
 
         Raises:
-            ValueError: If the experiments differ in a setting that affects finished cells.
+            ValueError: If the experiments differ in a setting that affects finished runs.
         """
         stored = stored.with_probes()
         forgetting = stored.forgetting if self.forgetting is None else self.forgetting
@@ -511,7 +512,7 @@ class Experiment:
         )
 
     def _size_errors(self) -> list[str]:
-        """Return errors for empty lists, invalid numbers and an automatic batch size."""
+        """Return errors for empty lists, invalid numbers, and an automatic batch size."""
         grid = self.grid
         errors = [
             f"{name} must be an integer of at least {minimum}, got {value!r}"
@@ -552,7 +553,7 @@ class Experiment:
 
 
 def as_list(value: Any) -> Sequence[Any]:
-    """Return the items of a list, a tuple or a comma-separated string. Return any other value as the only item."""
+    """Return the items of a list, a tuple, or a comma-separated string. Return any other value as the only item."""
     if isinstance(value, str):
         return [item.strip() for item in value.split(",") if item.strip()]
     return value if isinstance(value, list | tuple) else [value]

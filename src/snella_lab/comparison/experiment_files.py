@@ -1,4 +1,4 @@
-"""YAML experiment files, given by path or bundled name, and experiments from command-line options."""
+"""Experiments from YAML files, given by path or bundled name, and from command-line options."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -30,7 +30,7 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
 
     Args:
         name: Path of a YAML file, or name of a bundled experiment.
-        changes: Entries that override the file. Mappings such as `train` and `grid` are merged.
+        changes: Entries that override those of the file, as described in `merged`.
 
     Raises:
         FileNotFoundError: If `name` is neither a file nor a bundled experiment.
@@ -58,7 +58,7 @@ def read_experiment(name: str, changes: dict[str, Any] | None = None) -> Experim
 
 
 def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Merge changes into settings, one level deep.
+    """Merge changes into settings, one level deep: mappings such as `train` and `grid` are merged key by key.
 
     In `methods` and `data`, a string selects the existing entry with this label (or, for tasks, with this data). A
     reference that is no longer among the methods is removed. If the changes select a different set of tasks, only

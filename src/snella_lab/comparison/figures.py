@@ -35,12 +35,13 @@ def pareto(summary: Summary, cost: str, label: str, title: str, is_log: bool) ->
     Args:
         summary: Results of the comparison.
         cost: A column of `MethodSummary.costs`.
-        label: Name and unit of the cost axis.
+        label: Label of the cost axis, with the unit.
         title: Figure title.
         is_log: True for a logarithmic cost axis.
 
     Returns:
-        The figure. None if fewer than two methods have both values. On a logarithmic axis, only positive costs count.
+        The figure, or None if fewer than two methods have both a score and a cost. On a logarithmic axis, only positive
+        costs count.
     """
     points = []
     for number, method in enumerate(summary.methods):
@@ -92,7 +93,8 @@ def learning_rate_curves(summary: Summary, tasks: Sequence[str], title: str) -> 
 
     Learning rates are relative to each method's default, so that all methods share an axis. A filled marker shows the
     selected learning rate or, if there is none (several tasks, or no final runs), the best one. Crosses at the bottom
-    mark learning rates with a failed run. Returns None if no method has tried several learning rates on all `tasks`.
+    mark learning rates with a failed run. Returns None if no method was tried with several learning rates on all
+    `tasks`.
     """
     curves = [(number, m.name, _mean_curve(summary, m.name, tasks)) for number, m in enumerate(summary.methods)]
     curves = [curve for curve in curves if len(curve[2]) > 1]
@@ -115,7 +117,7 @@ def learning_rate_curves(summary: Summary, tasks: Sequence[str], title: str) -> 
 
 
 def _selected_factor(summary: Summary, method: str, tasks: Sequence[str]) -> float | None:
-    """Return the learning-rate factor of a method's final runs, or None without final runs or for several tasks."""
+    """Return the learning-rate factor of a method's final runs, or None for several tasks or without final runs."""
     finals = summary.runs.rows(method, tasks[0]) if len(tasks) == 1 else []
     return finals[0].lr_factor if finals else None
 
@@ -163,7 +165,7 @@ def lr_curve(trials: Rows) -> list[tuple[float, float | None]]:
 
 
 def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | None:
-    """Plot the paired differences from the reference with their intervals, over all tasks and optionally by task.
+    """Plot the paired differences from the reference with their intervals, over all tasks and, optionally, by task.
 
     Figures narrower than 600 pixels shorten names to fewer characters. Returns None if no method can be
     compared with the reference.

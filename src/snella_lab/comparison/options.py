@@ -110,7 +110,7 @@ class CompareOptions(Config):
             regression (by R²).
         monitor: Validation metric for epoch selection, as for snella train; also the comparison metric if it is
             balanced_accuracy (classification), macro_f1 (multilabel) or accuracy (ordinal).
-        train: Values of the `shared` settings by flat name.
+        train: Values of the `shared` settings, by name.
         execution: Which runs to train, and how.
     """
 
@@ -118,7 +118,8 @@ class CompareOptions(Config):
         *("epochs", "batch_size", "img_size", "train_size", "val_size", "test_size", "augment", "head_init", "ema"),
         *("columns", "channels", "skip_corrupt", "weights", "pretrained", "device", "precision"),
     )
-    """Settings of `TrainConfig` that are also options of compare. `workers` is excluded: it counts parallel runs."""
+    """Settings of `TrainConfig` that are also options of compare. `workers` is excluded, because in compare it is the
+    number of parallel runs."""
 
     out: str
     experiment: str | None = None

@@ -1,4 +1,4 @@
-"""Console progress of a comparison, whose single runs are called cells."""
+"""Console progress of a comparison, whose individual runs are called cells."""
 
 import math
 import time
@@ -16,7 +16,7 @@ from snella_lab.comparison.rows import CellRow
 class ComparisonProgress:
     """Console progress of a comparison: one line per run and, on a terminal, a progress bar.
 
-    `rows` contains the rows of finished runs, whose durations are used to estimate the remaining time.
+    `rows` contains the results of finished runs, whose durations are used to estimate the remaining time.
     """
 
     def __init__(self, console: Console, plan: Plan, rows: Iterable[CellRow]) -> None:
@@ -56,7 +56,10 @@ class ComparisonProgress:
         self._refresh()
 
     def ended(self, cell: Cell, row: CellRow, slots: int, is_local: bool = True) -> None:
-        """Print the result of a run and, once any run has succeeded, the remaining time with `slots` parallel runs."""
+        """Print the result of a run and, once a run has succeeded, the estimated time left with `slots` parallel runs.
+
+        `is_local` is False if another process trained the run.
+        """
         self._add_duration(row)
         left = self._plan.left
         done = self._plan.done
@@ -89,7 +92,7 @@ class ComparisonProgress:
         self._is_waiting = True
 
     def _refresh(self) -> None:
-        """Show the number of finished runs, the total number, and the names of running ones in the bar."""
+        """Show the number of finished runs, the total number of runs, and the names of running ones in the bar."""
         left = self._plan.left
         done = self._plan.done
         self._bar.update(self._task, completed=done, total=done + left, description=" | ".join(self._running) or "runs")
@@ -105,8 +108,8 @@ class ComparisonProgress:
         """Estimate the total time of the remaining runs.
 
         Each run is expected to take the mean time of the successful runs of its task and method. If there are none, the
-        mean over its task or else over all runs is used. The estimate visits all unfinished pairs of task and method,
-        so it is updated at most once per second.
+        mean over its task or else over all runs is used. The estimate depends on every unfinished pair of task and
+        method, so it is updated at most once per second.
         """
         if time.monotonic() - self._estimated_at > 1:
             self._estimated_at = time.monotonic()

@@ -53,7 +53,7 @@ from snella_lab.comparison.summary import (
 class PaperComparison:
     """A number reported in a paper and the measured result, both in percent.
 
-    `column` is a task, a group of tasks or a mean.
+    `column` is a task, a group of tasks, or a mean.
     """
 
     method: str
@@ -72,7 +72,7 @@ class PaperComparison:
 
 def paper_comparison(summary: Summary) -> list[PaperComparison]:
     """Pair the reported numbers of the experiment's methods with the measured results."""
-    measured_methods = {line.name: line for line in summary.methods}
+    measured_methods = {method.name: method for method in summary.methods}
     pairs = []
     for name, reported in summary.experiment.published.get("values", {}).items():
         method = measured_methods.get(name)
@@ -91,8 +91,8 @@ class OrderingResult:
         claim: Human-readable claim, e.g. `cubic above linear`.
         verdict: `holds` or `contradicted` for a significant difference, else `inconclusive` or `not run`.
         difference: Paired difference with Holm's correction over the claims. None if there are no runs to compare.
-        is_fraction: True if the metric is formatted in percent, such as accuracy.
-        tasks: Number of tasks of the claim. If only some of them have paired runs, the verdict is `inconclusive`.
+        is_fraction: True if the metric, such as accuracy, is formatted in percent.
+        tasks: Number of tasks in the claim. If only some of them have paired runs, the verdict is `inconclusive`.
     """
 
     claim: str
@@ -122,7 +122,7 @@ ORDERING_HEADINGS = ("claim in the paper", "result", f"difference, {percent_text
 
 
 def paper_orderings(experiment: Experiment, rows: Rows) -> list[OrderingResult]:
-    """Test those orderings claimed in the paper whose methods are part of the experiment."""
+    """Test the orderings claimed in the paper whose methods are both part of the experiment."""
     names = [method.name for method in experiment.methods]
     claims: list[tuple[str, Difference | None, bool, int]] = []
     for claim in experiment.published.get("orderings", []):
@@ -161,23 +161,23 @@ def print_paper(console: Console, summary: Summary) -> None:
     claims = [result.texts for result in paper_orderings(summary.experiment, summary.rows)]
     for title, headings, rows, left in (
         ("compared with the paper", ("method", "", "paper", "measured", "difference"), numbers, 2),
-        ("orderings of the paper", ORDERING_HEADINGS, claims, 3),
+        ("orderings in the paper", ORDERING_HEADINGS, claims, 3),
     ):
         if rows:
             console.print(make_table(headings, rows, title=f"{title}: {source}", left=left))
 
 
-def _measured_result(column: str, line: MethodSummary, summary: Summary) -> float | None:
-    """Return a method's measured result in one column, in percent, or None if a task of the column is unfinished."""
+def _measured_result(column: str, method: MethodSummary, summary: Summary) -> float | None:
+    """Return a method's measured result in one column, in percent, or None if a task in the column has no result."""
     metric = summary.experiment.published_metric
     entries = summary.experiment.data
-    spreads = line.per_task[metric]
+    spreads = method.per_task[metric]
     group = [entry.name for entry in entries if entry.group == column]
     if column not in spreads and group:
         group_spreads = [spreads.get(task) for task in group]
         mean = complete_mean([None if spread is None else spread.mean for spread in group_spreads])
         return None if mean is None else 100 * mean
-    means = {OVER_TASKS: line.over_tasks[metric], OVER_GROUPS: line.over_groups[metric]}
+    means = {OVER_TASKS: method.over_tasks[metric], OVER_GROUPS: method.over_groups[metric]}
     if column in means and len(summary.tasks) < len(entries):  # the paper's mean is over all tasks
         return None
     value = means[column] if column in means else spreads.get(column)
@@ -188,7 +188,7 @@ MARKDOWN_FILE = "comparison.md"
 
 
 def markdown_tables(summary: Summary) -> str:
-    """Format the result tables as Markdown, with the caption, the command, the machines and the dates."""
+    """Format the results as Markdown: tables, recommendation, caption, provenance, tested orderings, and failures."""
     if not summary.finals:
         return "No final run is finished yet.\n"
     paragraphs = []
@@ -206,7 +206,7 @@ def markdown_tables(summary: Summary) -> str:
         heading_line = _markdown_line(list(ORDERING_HEADINGS))
         claims = [_markdown_line(list(result.texts)) for result in orderings]
         table = [heading_line, "| --- | --- | ---: | ---: | ---: |", *claims]
-        paragraphs.append("**Orderings of the paper**\n\n" + "\n".join(table))
+        paragraphs.append("**Orderings in the paper**\n\n" + "\n".join(table))
     warning = get_protocol(summary.experiment.settings.get("protocol", "standard")).warning
     if warning:
         paragraphs.append(f"Official protocol: {warning}")
@@ -217,7 +217,7 @@ def markdown_tables(summary: Summary) -> str:
 
 
 def write_markdown(root: Path, summary: Summary) -> Path:
-    """Write the Markdown tables next to the HTML report, and return the path of their file."""
+    """Write the Markdown tables next to the HTML report, and return the path of the file."""
     write_text(root / MARKDOWN_FILE, markdown_tables(summary))
     return root / MARKDOWN_FILE
 
@@ -228,7 +228,7 @@ def _markdown_line(cells: list[str]) -> str:
 
 
 def _provenance(summary: Summary) -> str:
-    """Format the command, the machines, the dates and the commits of the final runs as a sentence."""
+    """Format the command, the machines, the dates, and the commits of the final runs as a sentence."""
     finals = final_rows(summary.rows)
     command = summary.experiment.command
     dates = sorted({row.created_at[:10] for row in finals})
@@ -247,7 +247,7 @@ def _provenance(summary: Summary) -> str:
 FILE = "comparison.html"
 _NARROW = 310  # figure width in pixels on a phone
 MAX_TASK_FIGURES = 24
-"""Maximum number of tasks for which the page contains figures of single tasks. Tables contain all tasks."""
+"""Maximum number of tasks for which the page contains figures of individual tasks. The tables contain all tasks."""
 _TEST_EVALUATION = {
     "standard": "once on the test images, with the model selected on the validation images",
     "final": "once on the test images, after the last epoch of training on training and validation images",
@@ -378,7 +378,7 @@ def _costs(summary: Summary) -> dict[str, Any]:
 
 
 def _pareto(summary: Summary) -> list[Markup]:
-    """Plot the metric versus memory, trainable parameters and step time, if measured."""
+    """Plot the metric versus memory, trainable parameters, and step time, if measured."""
     memory = ("training_mib", "peak memory minus libraries, MiB", "Memory", False)
     if any(method.costs["accelerator_memory_max"] for method in summary.methods):
         memory = ("accelerator_memory_max", "peak GPU memory, bytes", "Memory", False)

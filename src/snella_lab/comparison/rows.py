@@ -1,4 +1,4 @@
-"""Rows of a comparison: settings, results and provenance of one run, which is called a cell."""
+"""Rows of a comparison. A row contains the settings, results, and provenance of one run, which is called a cell."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SearchChoice:
         lr_factor: Best multiplier of the method's default learning rate.
         lr_on_edge: True if this multiplier is the smallest or largest of several candidates.
         weight_decay_on_edge: True if the best weight decay is the largest of several candidates.
-        trials: Tried candidates. The list is empty without a search.
+        trials: Tried candidates. The list is empty if there was no search.
     """
 
     lr_factor: float | None
@@ -49,17 +49,17 @@ class CellResults:
     """Results of a finished comparison run. Values that were not measured are None.
 
     Attributes:
-        trained_as: Name of the tuning run that this run reuses.
+        trained_as: Name of the tuning run that this run reuses, if any.
         peft_config: PEFT configuration of the adapter. None for methods outside PEFT.
         adapted_weights: Number of weights in the adapted matrices, for SNELLA variants.
         kept_weights: Budget of the adapter, which is the number of adapted weights that may change.
         file_size: Size of the adapter in bytes.
         train_time: Training time in seconds.
-        step_time: Median time of a step in seconds.
+        step_time: Median time of a training step in seconds.
         accelerator_memory_max: Peak reserved GPU memory in bytes.
         val: Validation scores by name, stored as columns such as `val_accuracy`.
         test: Test scores by name, stored in the same way. They are measured only for final runs.
-        split: SHA-256 of the classes, and of the names and labels in each split.
+        split: SHA-256 of the classes, image names, labels, sample weights, groups, and splits.
         changed_weights: Number of changed backbone values, for final runs of methods that can be merged.
         peak_rss_mib: Peak memory of the process, if the run had a separate process.
         training_mib: Growth of the process memory up to the peak, which excludes libraries loaded before the run.
@@ -107,8 +107,8 @@ NUMBERS = tuple(entry.name for entry in fields(CellResults) if entry.type in ("i
 class CellRow(Record):
     """One run of a comparison: `cell.json` in its folder, and a line of `results.jsonl`.
 
-    Both files store results as top-level columns. Rows of failed runs have no results. Settings, versions and machine
-    use the names of PEFT's method comparison.
+    Both files store results as top-level columns. Rows of failed runs have no results. The columns for settings,
+    versions, and the machine are named as in PEFT's method comparison.
 
     Attributes:
         cell: Path of the run folder below `cells/`.
@@ -188,7 +188,7 @@ class CellRow(Record):
         return {**values, "results": {**values, **scores}}
 
     def encoded(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Flatten the results and the scores of each split into columns, the inverse of `decoded`."""
+        """Flatten the results and the scores of each split into columns; the inverse of `decoded`."""
         results = values.pop("results") or {}
         for name, value in results.items():
             if name in _SPLITS:

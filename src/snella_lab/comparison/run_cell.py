@@ -95,8 +95,8 @@ def count_differences(model: nn.Module, other: nn.Module, head: str) -> int:
 def measure_forgetting(run: Path, data: str, max_images: int, cache: Path, device: str = "auto") -> dict[str, Any]:
     """Measure how much a run reduces the accuracy of a linear probe on different data.
 
-    One probe uses the features of the trained model, the other those of the frozen backbone. The accuracy of the latter
-    probe is cached by backbone, data, preprocessing, and `max_images`.
+    One probe uses the features of the trained model, and a second one uses those of the frozen backbone. The accuracy
+    of the second probe is cached by backbone, data, preprocessing, and `max_images`.
 
     Args:
         run: Folder of the run.
@@ -137,7 +137,7 @@ def measure_forgetting(run: Path, data: str, max_images: int, cache: Path, devic
 def _cache_name(info: RunInfo, data: str, max_images: int) -> str:
     """Return the file name for the cached accuracy of the frozen backbone's probe."""
     backbone = info.backbone
-    # the digest covers the preprocessing, and distinguishes names that the replacement of characters below makes equal
+    # the digest covers the preprocessing, and distinguishes names that become equal when characters are replaced below
     hashed = json.dumps([data, info.data_config], sort_keys=True)
     digest = hashlib.sha256(hashed.encode()).hexdigest()[:8]
     name = "_".join(str(part) for part in (backbone.name, backbone.img_size, data, max_images, digest))
@@ -152,7 +152,7 @@ def _cache_name(info: RunInfo, data: str, max_images: int) -> str:
 
 @torch.no_grad()
 def head_inputs(model: nn.Module, parts: Sequence[ImageDataset], batch_size: int) -> NDArray[np.float32]:
-    """Apply a model from `build_method` to images and return the inputs of its head.
+    """Apply a model from `build_method` to images and return the inputs to its head.
 
     The model is switched to evaluation mode and stays in it.
 
@@ -303,7 +303,7 @@ def _scores(scores: SplitScores | None) -> dict[str, float | None]:
 
 
 def reuse_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Path) -> CellRow | None:
-    """Reuse the tuning run with the candidate and seed of the final run `cell`, instead of training again.
+    """Reuse the tuning run with the candidate and seed of a final run, instead of training again.
 
     The tuning run is copied to `folder` and evaluated on the test images.
 
@@ -336,9 +336,10 @@ def reuse_tuning_run(root: Path, experiment: Experiment, cell: Cell, folder: Pat
 
 
 def drop_adapters(root: Path, experiment: Experiment, cell: Cell) -> None:
-    """Delete the adapters of the tuning runs with the method, task, and seed of a finished cell.
+    """Delete adapters of tuning runs with the method, task, and seed of a finished cell.
 
-    The best tuning runs keep their adapters until the final run with this seed is finished, because it may reuse one.
+    The best of these runs, including ties, keep their adapters until the final run with this seed is finished, because
+    the final run may reuse one of them.
     """
     tuning_folder = replace(cell, is_final=False).folder(root).parent
     ranks: dict[Path, tuple[float, float]] = {}  # higher is better
@@ -383,8 +384,8 @@ def run_cell(
         experiment: The experiment.
         cell: Cell to train.
         is_dedicated: Whether this process trains no other cell. If True, the row contains the process's peak memory.
-        keep_checkpoints: Save a checkpoint after each epoch, for preemptible machines. SIGTERM and Ctrl-C always save
-            one.
+        keep_checkpoints: If True, save a checkpoint after each epoch, e.g. on preemptible machines. SIGTERM and Ctrl-C
+            always save one.
 
     Raises:
         TrainingInterrupted: On Ctrl-C or SIGTERM during training; the lock of the cell is released.
@@ -411,7 +412,7 @@ def record_crash(
     """Store and return the row of a cell that crashed or is blocked by failed tuning runs.
 
     A row that is already stored is returned unchanged. Returns None if another process has claimed the cell. If
-    `ignores_lock`, the row is stored even then, because the process that holds the lock is unresponsive.
+    `ignores_lock`, the row is stored even then, because the process that holds the lock may be unresponsive.
     """
     folder = cell.folder(root)
     with cell_lock(root / LOCKS, cell.name) as is_acquired:
@@ -479,7 +480,7 @@ def _train_cell(root: Path, experiment: Experiment, cell: Cell, is_dedicated: bo
 
 
 def _resumable_s(folder: Path, config: TrainConfig) -> float | None:
-    """Return the training time of an interrupted attempt, in seconds, up to the checkpoint that it can resume from.
+    """Return the seconds that an interrupted attempt had trained at the checkpoint from which it can resume.
 
     Returns None if there is no intact checkpoint with the same settings and package versions.
     """

@@ -21,7 +21,7 @@ class Candidate:
     """A point on the grid.
 
     Args:
-        lr_factor: Factor on the method's default learning rate.
+        lr_factor: Multiplier of the method's default learning rate.
         weight_decay: Weight decay. None for the method's default.
     """
 
@@ -63,7 +63,7 @@ class Choice:
 
     Args:
         candidate: The best candidate. None if every candidate has a failed tuning run.
-        tried: All candidates that were tried: the learning rates, then the weight decays.
+        tried: All candidates of the search: those for the learning rate, then those for the weight decay.
         lr_on_edge: True if the best learning rate is the smallest or largest of several that were tried.
         weight_decay_on_edge: True if the best weight decay is positive and the largest of several that were tried.
     """
@@ -74,9 +74,9 @@ class Choice:
     weight_decay_on_edge: bool
 
     def record(self, results: Results, tuned_settings: Callable[[Candidate], Mapping[str, Any]]) -> SearchChoice:
-        """Convert the choice and the tuning results to the entry `search` of a row.
+        """Convert the choice and the tuning results to the `search` entry of a final run's row.
 
-        `tuned_settings` returns the `lr`, the `head_lr`, and the `weight_decay` of a candidate.
+        `tuned_settings` returns the `lr`, `head_lr`, and `weight_decay` of a candidate.
         """
         trials = []
         for candidate in self.tried:
@@ -146,7 +146,7 @@ def _missing(candidates: Sequence[Candidate], grid: Grid, results: Results) -> l
 
 
 def _best(candidates: Sequence[Candidate], results: Results) -> Candidate | None:
-    """Return the candidate with the highest mean rank over seeds, or None if each candidate has a failed run.
+    """Return the candidate with the highest mean `rank` over seeds, or None if each candidate has a failed run.
 
     Ties go to the learning rate that is closest to the default on a logarithmic scale, then to the first candidate.
     """

@@ -48,8 +48,8 @@ def write_slurm_scripts(root: Path, experiment: Experiment, execution: Execution
     """Write `train.sh` (an array job), `report.sh`, and `submit.sh`, and return the path of `submit.sh`.
 
     The experiment is split into `units`, which can be trained independently. Each array index trains one unit, or
-    several if there are more than `MAX_PARTS`, with the `workers`, `threads` (1 if None), and `run_limit` of
-    `execution`. All machines must share the file system of `root`.
+    several if there are more than `MAX_PARTS` units, with the `workers`, `threads` (1 if None), and `run_limit` of
+    `execution`. All machines must share the file system that contains `root`.
 
     Raises:
         ValueError: If the scripts' path contains double quotes, backslashes, or newlines.

@@ -66,7 +66,7 @@ class Difference:
 
     @property
     def sign_p(self) -> float:
-        """Two-sided p-value of the sign test, without correction. It is 1 if no unit differs from zero."""
+        """Two-sided p-value of the sign test, without correction. It is 1 if all differences are zero."""
         from scipy.stats import binomtest  # slow import
 
         differing = self.above + self.below
@@ -122,7 +122,7 @@ class FinalRuns:
         """Average over the tasks of each group, then over groups; return the mean and standard deviation over seeds.
 
         Uses only seeds with a run on every task. Returns None if there are no such seeds. If each group has one task,
-        this is the mean over tasks. The mean usually reported for VTAB is over groups of several tasks.
+        this is the mean over tasks. The mean usually reported for the VTAB benchmark is over groups of several tasks.
         """
         scores = {task: self.scores(method, task, metric) for group in groups for task in group}
         seeds = set.intersection(*map(set, scores.values())) if scores else set()
@@ -157,7 +157,8 @@ def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
 
     mean ± t(0.975, n - 1) · s / sqrt(n)
 
-    The n values are the means of the tasks or, for a single task, its differences. s is their standard deviation.
+    The n values are the mean differences of the tasks or, for a single task, the differences of its seeds. s is their
+    standard deviation.
 
     Args:
         pairs: Differences by task, one per seed. At least one task with one seed is required.

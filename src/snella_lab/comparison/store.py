@@ -2,8 +2,8 @@
 
 A cell is one run of the comparison, and its row contains the settings and results. `results.jsonl` contains one line
 per cell, appended by any number of processes. Each cell's folder contains a copy of the row in `cell.json`, written
-atomically. Each row contains the SHA-256 of its other columns; rows without a hash are not checked. A valid line takes
-precedence over the copy. A damaged or missing line is restored from the copy, and a damaged copy from the line.
+atomically. Rows are written with the SHA-256 of their columns; rows without this hash are not checked. A valid line
+takes precedence over the copy. A damaged or missing line is restored from the copy, and a damaged copy from the line.
 
 Locks are operating-system locks (`filelock`) on files below `locks/`. They do not expire and are released when the
 process exits. They work on a single machine; on a cluster, the Ray driver or the parts of the Slurm job assign the
@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, cast
 
 from filelock import FileLock, Timeout
 
+from snella_app.console import counted
 from snella_app.files import SEAL, is_intact, sealed, write_json, write_text
 from snella_app.records.record import plain, record_from, write
 from snella_lab.comparison.experiment import DataEntry, MethodEntry, folder_name
@@ -110,7 +111,7 @@ def read_row(folder: Path) -> CellRow | None:
 
 
 def read_lines(path: Path) -> tuple[dict[str, CellRow], list[str]]:
-    """Read the last valid row of each cell from a results file, plain or `.xz`.
+    """Read the last valid row of each cell from a results file, plain or compressed (`.xz`).
 
     Returns:
         The rows by cell name, and notes about invalid lines.
@@ -130,7 +131,7 @@ class _Line:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a results file, plain or `.xz`, for reading. A missing file is treated as empty."""
+    """Open a results file, plain or compressed (`.xz`), for reading. A missing file is treated as empty."""
     if not path.is_file():
         return io.BytesIO()
     return cast(BinaryIO, lzma.open(path)) if path.suffix == ".xz" else path.open("rb")
@@ -195,7 +196,7 @@ def collect(root: Path) -> tuple[dict[str, CellRow], list[str]]:
                 rows[name] = replace(row, train_config={})
                 restored[name] = columns
         if notes and restored:
-            notes.append(f"{len(restored)} rows restored from cell folders")
+            notes.append(f"{counted(len(restored), 'row')} restored from cell folders")
         line_count = path.read_bytes().count(b"\n") if path.is_file() else 0
         if rows and (notes or restored or line_count != len(rows)):
             with cell_lock(root / LOCKS, FILE) as is_acquired:
@@ -234,8 +235,8 @@ def read_part(root: Path, pairs: Iterable[tuple[DataEntry, MethodEntry]]) -> dic
 def drop_failed(root: Path) -> list[str]:
     """Remove the rows of failed cells, so that the cells are trained again, and return the names of these cells.
 
-    If a method has a successful final run on a task, its tuning runs are not repeated, and the rows of those that
-    diverged are kept.
+    If a method has a successful final run on a task, its tuning runs on this task are not repeated, and the rows of
+    those that diverged are kept.
 
     Raises:
         TimeoutError: If another process is writing the results file.

@@ -1,7 +1,7 @@
 """Result tables of a comparison for the report and the terminal.
 
-Each task, a dataset with its settings, belongs to a group. Scores are those of final runs, which are evaluated on test
-images; tuning runs only select hyperparameters.
+Each task, a dataset with its settings, belongs to a group. A row contains the settings and results of one run. Scores
+are those of final runs, which are evaluated on test images; tuning runs only select hyperparameters.
 """
 
 import math
@@ -30,7 +30,7 @@ COSTS = (
     *("num_trainable_params", "changed_weights", "file_size", "step_time", "train_time"),
     *("training_mib", "peak_rss_mib", "accelerator_memory_max", "forgetting"),
 )
-"""Row columns that the report lists as costs of a method."""
+"""Row columns with the costs of a run."""
 FRACTIONS = {f"test_{metric}" for measures in MEASURES.values() for metric in measures} - {"test_kappa", "test_r2"}
 """Row columns formatted as percentages. Kappa and R² are formatted as decimals, because they can be negative."""
 
@@ -41,9 +41,9 @@ class MethodSummary:
 
     Args:
         name: Method label.
-        per_task: Mean and standard deviation by metric and task. None if there are no finished runs.
-        over_tasks: Mean over tasks, by metric.
-        over_groups: Mean over groups, by metric.
+        per_task: Mean and standard deviation by metric and task. None if there are no finished final runs.
+        over_tasks: Mean over tasks, by metric. None if no seed has a run on every task.
+        over_groups: Mean over groups, by metric. None in the same case.
         to_reference: Paired difference from the reference over the common tasks, by metric, with Holm's correction over
             the methods. None for the reference, and for methods that have no task and seed in common with it.
         to_reference_on: Paired difference in the main metric on each task, without correction.
@@ -87,7 +87,7 @@ class Summary:
 
     @property
     def reference(self) -> str:
-        """Reference method."""
+        """Label of the reference method."""
         return self.experiment.reference_name
 
     @property
@@ -135,7 +135,7 @@ class Summary:
         return means
 
     def scores(self, metric: str) -> dict[str, list[Spread | None]]:
-        """Return the scores of all methods by column: the tasks, then the means over tasks and groups."""
+        """Return the scores of all methods by column: the tasks, then any means over tasks and groups."""
         columns: dict[str, list[Spread | None]] = {}
         for task in self.tasks:
             columns[task] = [method.per_task[metric][task] for method in self.methods]
@@ -225,8 +225,8 @@ def change_text(value: float, is_fraction: bool) -> str:
 
 
 def size_text(value: float, is_fraction: bool) -> str:
-    """Format the size of a difference: 2.9 points (percentage points) for a fraction, else 0.029."""
-    return f"{decimal_text(100 * value, 1)} points" if is_fraction else decimal_text(value, 3)
+    """Format the size of a difference: 2.9 percentage points for a fraction, else 0.029."""
+    return f"{decimal_text(100 * value, 1)} percentage points" if is_fraction else decimal_text(value, 3)
 
 
 def difference_text(value: Difference | None, tasks: int, is_fraction: bool = True) -> str:
@@ -261,7 +261,7 @@ def significance_texts(value: Difference | None) -> tuple[str, str]:
 def outcome_text(summary: Summary) -> str:
     """Summarize the outcome: the best mean, its lead over the reference, and other significant differences.
 
-    The text is empty if there are no results.
+    The text is empty if no method has a mean over all tasks.
     """
     means = summary.means
     if not means:
@@ -416,7 +416,7 @@ def caption(summary: Summary) -> str:
 
 
 def unit_text(summary: Summary, unit: str) -> str:
-    """Return the unit of fractional metrics: " in percent", " (accuracy in percent)", or an empty string."""
+    """Return the unit of the metrics in `FRACTIONS`: " in percent", " (accuracy in percent)", or an empty string."""
     fractions = [title for metric, title in summary.metrics.items() if metric in FRACTIONS]
     if len(fractions) == len(summary.metrics):
         return f" in {unit}"
@@ -434,7 +434,7 @@ def interval_text(summary: Summary) -> str:
     num_corrected = max((difference.comparisons for difference in differences), default=0)
     compared = num_corrected or len(differences)  # differences of single units have no p-value to correct
     text = (
-        f"differences from {summary.reference}{unit_text(summary, 'points')}, with {percent_text(LEVEL, 0)} "
+        f"differences from {summary.reference}{unit_text(summary, 'percentage points')}, with {percent_text(LEVEL, 0)} "
         f"Student's t intervals over {units}{averaging}; p after Holm's correction over "
         f"{counted(compared, 'comparison')}; above: number of {units} above {summary.reference}, with p of the "
         f"sign test"

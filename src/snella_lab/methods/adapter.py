@@ -1,4 +1,4 @@
-"""Methods `adapter-r`, `mosa-r` and `ssf`: small trainable modules after frozen layers."""
+"""Methods `adapter-r`, `mosa-r`, and `ssf`: small trainable modules after frozen layers."""
 
 import warnings
 from collections import Counter
@@ -24,8 +24,8 @@ class Adapter(nn.Module):
 
     y = h + scale · (U · dropout(act(D h + d)) + u),   act = gelu, or relu as in A.1 of arXiv 2510.24037
 
-    `D`, of shape `[r, width]`, is initialized with Glorot uniform; `U`, of shape `[width, r]`, and both biases are
-    initialized to zero.
+    `D`, of shape `[r, width]`, is initialized from the Glorot uniform distribution; `U`, of shape `[width, r]`, and
+    both biases are initialized to zero.
 
     Args:
         width: Size of the input's last dimension.
@@ -229,7 +229,7 @@ def _channels(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.GroupNorm):
         return module.num_channels, 1
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
-        # LayerNorm2d and LayerNorm2dFp32 of timm and channels-first norms of transformers take feature maps, not tokens
+        # timm's LayerNorm2d and LayerNorm2dFp32 and transformers' channels-first norms take feature maps, not tokens
         takes_maps = "2d" in type(module).__name__ or getattr(module, "data_format", None) == "channels_first"
         return module.normalized_shape[-1], 1 if takes_maps else -1
     return None

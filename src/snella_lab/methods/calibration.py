@@ -22,7 +22,7 @@ def squared_gradients(
 
     s[w] = Σ_batches g[w]²,   g = ∂loss/∂w
 
-    Up to a constant factor, this is the decrease of the loss, -g·Δw = ε g² to first order, after a gradient step
+    Up to a constant factor, this is the decrease in the loss, -g·Δw = ε g² to first order, after a gradient step
     Δw = -ε g on that weight.
 
     Args:
@@ -36,7 +36,7 @@ def squared_gradients(
         float32 tensors by name, with the shapes and devices of the parameters.
 
     Raises:
-        ValueError: If `batches` is empty, a loss is not finite, a gradient is NaN, or a name is not a parameter.
+        ValueError: If `batches` is empty, a loss is not finite, a gradient contains NaN, or a name is not a parameter.
     """
     return _accumulate(model, names, batches, loss, limit, lambda total, grad: total.addcmul_(grad, grad))
 
@@ -149,7 +149,7 @@ def _calibration_mode(model: nn.Module, selected: Collection[Tensor]) -> Iterato
 
 
 def selection_data(batches: Batches | None) -> SelectionData:
-    """Convert the `batches` that a method's `build` received to `SelectionData`.
+    """Convert the `batches` argument of a method's `build` to `SelectionData`.
 
     Raises:
         TypeError: If `batches` is not callable.

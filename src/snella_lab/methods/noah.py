@@ -27,13 +27,13 @@ from snella_lab.methods.spt import LowRank, add_low_rank, budget_of
 _SIZES = (5, 10, 50, 100)
 """Default candidate sizes, from the paper."""
 _NUM_PARENTS = 10
-"""Number of the best subnets from which a generation is bred."""
+"""Number of best subnets from which each generation is bred."""
 _MUTATION_PROB = 0.2
 """Probability that a mutation resamples the size in a block."""
 _DEPTH_MUTATION_PROB = 0.4
 """Probability that a mutation resamples the number of blocks with a module type."""
 _MAX_TRIES = 200
-"""Attempts per new candidate, because candidates may exceed the budget or be known already."""
+"""Attempts per new candidate; a proposed subnet may exceed the budget or be known already."""
 
 
 class Subnet(NamedTuple):
@@ -56,7 +56,7 @@ class SubnetSpace:
 
     Args:
         block_widths: Token width of each block.
-        qkv_sizes: Number of inputs plus outputs of each block's qkv layer.
+        qkv_sizes: Number of inputs plus number of outputs of each block's qkv layer.
         sizes: Candidate sizes, ascending.
         budget: Maximum number of parameters of a subnet.
     """
@@ -115,7 +115,7 @@ class SubnetSpace:
         return Subnet(*mutated)
 
     def cross(self, first: Subnet, second: Subnet, rng: Random) -> Subnet:
-        """Take each module type from a random parent."""
+        """Take the sizes of each module type from a random parent."""
         return Subnet(*(rng.choice(pair) for pair in zip(first, second, strict=True)))
 
     def _padded(self, sizes: list[int]) -> tuple[int, ...]:
@@ -208,7 +208,7 @@ class SuperAdapter(Adapter):
 
 
 def build_supernet(model: nn.Module, head: str, size: int) -> nn.Module:
-    """Copy a frozen model, attach modules of the largest size to every block, and make the head trainable."""
+    """Copy a frozen model, attach modules of the given size to every block, and make the head trainable."""
     sizes = (size,) * len(token_blocks("noah", model, head))
     return _apply(copy.deepcopy(model), head, Subnet(sizes, sizes, sizes), SuperLowRank, SuperAdapter)
 
@@ -328,7 +328,7 @@ def space_of(model: nn.Module, head: str, options: Options) -> SubnetSpace:
 
 
 def _build(model: nn.Module, head: str, options: Options, batches: Batches | None) -> nn.Module:
-    """Train a supernet on a copy of the model, search its subnets, and apply the best one."""
+    """Train a supernet built from a copy of the model, search its subnets, and apply the best one to the model."""
     data = selection_data(batches)
     space = space_of(model, head, options)
     if data.validation is None:
@@ -421,13 +421,13 @@ NOAH = Method(
 1. A supernet with the largest size of each module type in every block is trained with AdamW. Each batch trains a random
    subnet: each module type fills the first 25%, 50%, 75%, or 100% of the blocks, with a random size from `sizes`
    in each block. Smaller sizes share the first prompts, ranks, and channels of larger ones.
-2. Evolutionary search ranks subnets of at most `budget` million parameters by the supernet's validation accuracy, or
-   by its loss for tasks without class scores.
+2. Evolutionary search ranks subnets of at most `budget` million parameters by their validation accuracy with the
+   supernet's weights, or by their validation loss for tasks without class scores.
 3. The best subnet is reinitialized and trained like any other method; the supernet is discarded.
 
 Defaults are the paper's sizes (5, 10, 50, 100) and its budget of 0.64 for a ViT-B/16. For other models, the budget is
-proportional to the number of adapted weights, but at least the size of the smallest subnet. The default search effort
-is smaller than the paper's, `supernet_epochs=500, population=50, generations=20`. The paper initializes adapters
-randomly; here they start as the identity. Parameters per block of width d: p·d for prompts, 4·d·r for the low-rank
-update of a fused qkv, and 2·d·a + a + d for the adapter.
+proportional to the number of weights in the layers that LoRA adapts, but at least the size of the smallest subnet. The
+default search effort is smaller than that of the paper, which corresponds to `supernet_epochs=500`, `population=50`,
+and `generations=20`. The paper initializes adapters randomly; here they start as the identity. Parameters per block of
+width d: p·d for prompts, 4·d·r for the low-rank update of a fused qkv, and 2·d·a + a + d for the adapter.
 """

@@ -97,7 +97,7 @@ def _has_any(owner: object, names: Sequence[str]) -> bool:
 
 
 def block_width(block: nn.Module) -> int | None:
-    """Return the token width of a transformer block, or None if it lacks `attn`, `mlp`, or a normalization `norm1`."""
+    """Return a block's token width, or None if the block lacks `attn`, `mlp`, or a normalization layer `norm1`."""
     norm = getattr(block, "norm1", None)
     children = [norm, getattr(block, "attn", None), getattr(block, "mlp", None)]
     shape = getattr(norm, "normalized_shape", None)

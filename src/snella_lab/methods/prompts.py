@@ -1,6 +1,7 @@
 """Methods `vpt-shallow`, `vpt-deep`, and `vqt`: learned prompt and query tokens.
 
-Prompts join the token sequence of a block. Queries only read it, and their outputs go to the head.
+Prompts (visual prompt tuning, VPT) join the token sequence of a block. Queries (visual query tuning, VQT) only read it,
+and their outputs go to the head.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ class Prompts(nn.Module):
         width: Token width.
         prefix: Number of prefix tokens, such as the class token and registers.
         patch_area: Pixels per patch.
-        dropout: Dropout rate of the prompts, with a separate mask for each image.
+        dropout: Dropout rate for the prompts, with a separate mask for each image.
 
     Attributes:
         active: Number of leading prompts in use. None uses all prompts.
@@ -121,11 +122,12 @@ class Queries(nn.Module):
     z = p + ls1(proj(softmax(q(norm1(p)) Kᵀ / √d) V));   summary = z + ls2(mlp(norm2(z)))
 
     The block supplies all weights, which stay frozen. `K` and `V` are its detached keys and values with head width d.
-    The tokens of the block do not attend to the queries.
+    The formula omits the optional norms inside the attention module. The tokens of the block do not attend to the
+    queries.
 
     Args:
         tokens: Initial queries p, `[queries, width]`.
-        dropout: Dropout rate of the queries.
+        dropout: Dropout rate for the queries.
 
     Attributes:
         summary: Output of the queries in the latest forward pass, `[batch, queries, width]`. None before the first

@@ -1,4 +1,4 @@
-"""Method `gps-k`, gradient-based parameter selection (GPS), and layers with sparse updates, which `spt` also uses.
+"""Method `gps-k` (gradient-based parameter selection, GPS), and layers with sparse updates, which `spt` also uses.
 
 A sparse update adds trained values to selected entries of a frozen weight. Entries are addressed by their positions in
 the flattened weight.
@@ -62,7 +62,7 @@ class _LayerWithEntries(torch.autograd.Function):
         ctx.op = op
         ctx.x_shape = x.shape
         ctx.has_bias = bias is not None
-        # only the gradients of the weight and of the values (there may be none) depend on x
+        # only the gradients of the weight and of the values, of which there may be none, depend on x
         saves_x = ctx.needs_input_grad[1] or (ctx.needs_input_grad[3] and len(values))
         ctx.save_for_backward(x if saves_x else None, weight, values, indices)
         with torch.autocast(x.device.type, enabled=False):
@@ -196,7 +196,8 @@ class SparseLayer(nn.Module, ABC):
 class SparseUpdate(SparseLayer):
     """`SparseLayer` that trains its entries directly.
 
-    The checkpoint contains the values and their int32 positions: `2·len(indices)` numbers, as many as AdamW's state.
+    The saved adapter contains the values and their int32 positions: `2·len(indices)` numbers, as many as AdamW's state
+    for the values.
     """
 
     def __init__(self, base_layer: nn.Module, indices: Tensor) -> None:
@@ -344,7 +345,7 @@ def can_be_sparse(module: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
 
 
 def require_sparse(model: nn.Module, names: Iterable[str], head: str) -> list[str]:
-    """Return the names of layers that a `SparseLayer` can wrap.
+    """Return those of the given names whose layers a `SparseLayer` can wrap.
 
     Raises:
         ValueError: If there are no such layers, or the model already has a `SparseLayer`.
@@ -456,7 +457,7 @@ def contrastive_loss(head: str, temperature: float = 0.07) -> Loss:
 
 
 def _selection_loss(data: SelectionData, head: str, options: Options) -> Loss:
-    """Return the function that computes the loss of the option `selection_loss`.
+    """Return the loss function that the option `selection_loss` selects.
 
     The default is the contrastive loss if each image has one class label, and the task's loss otherwise.
     """
@@ -504,7 +505,7 @@ def _restore(model: nn.Module, head: str, options: Options, tensors: Mapping[str
 
 
 GPS = Method(
-    "the k weights of each neuron with the largest gradients, and all biases except in norms",
+    "each neuron's k weights with the largest gradients, and all biases except in norms",
     "gradient-based parameter selection, Zhang et al., arXiv 2312.10136",
     _build,
     tuple(_RULES),
@@ -514,8 +515,8 @@ GPS = Method(
     restore=_restore,
     merge=merge_sparse,
 )
-"""GPS trains the bias of every neuron and its `k` weights with the largest gradients. A neuron is a row of a `Linear`
-or `Conv2d` weight; `neuron_layers` documents the exceptions. The mask of the trained weights is
+"""GPS trains, for every neuron, the bias and the `k` weights with the largest gradients. A neuron is a row of a
+`Linear` or `Conv2d` weight; `neuron_layers` documents the exceptions. The mask of the trained weights is
 
     M[i, j] = 1 if |Σ_batches ∂loss/∂W[i, j]| is among the k largest of row i.
 
@@ -524,7 +525,7 @@ has 83,712 trained weights and as many biases.
 
 The gradient of `selection_loss` is computed before training. `contrastive`, the default for one class label per image,
 is the paper's loss. It compares the head's inputs within a batch, so the randomly initialized head has no influence.
-Its two views of an image are the image and its mirror image, whereas the paper uses two augmented views. `task`, the
+The two views of an image are the image and its mirror image, whereas the paper uses two augmented views. `task`, the
 default for other tasks, is the training loss, which includes the head. `calibration_batches` limits the number of
 batches, by default to one epoch.
 """

@@ -3,7 +3,8 @@
 SPT is sensitivity-aware visual parameter-efficient fine-tuning, He et al., arXiv 2303.08566. The sensitivity of a
 weight is its squared gradient, summed over batches. SPT's budget is the number of parameters to train besides the
 head. A matrix with many sensitive weights gets a structured module, i.e. an adapter or a low-rank update. A vector with
-many sensitive weights is trained completely. Other selected weights are trained individually, as sparse entries.
+many sensitive weights is trained in full. Other selected weights are trained individually, as sparse entries.
+`fixed-mask` instead adds SNELLA's merged matrix at the most sensitive weights.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,7 @@ _RULES = {
 _VIT_B_WEIGHTS = 84_934_656
 """Number of weights in the adapted matrices of a ViT-B/16."""
 _FROZEN_PARTS = {"patch_embed", "patch_embedding", "patch_merging", "downsample", "stem"}
-"""Names of modules whose biases and norms stay frozen."""
+"""Names of modules whose vectors (biases, norms, and layer scales) stay frozen."""
 
 Structure = Callable[[int, int, int], nn.Module]
 """Constructor `(rows, columns, r)` of a structured module for one matrix, where `r` is the rank or bottleneck width.
@@ -420,7 +421,7 @@ SPT_LORA = spt_method(
     LowRank,
     merge=merge_selection,
 )
-"""SPT trains the head and the `budget` million backbone parameters with the highest sensitivities.
+"""SPT trains the head and `budget` million other parameters, chosen by sensitivity.
 
 The sensitivity of a weight is Σ_batches (∂loss/∂w)² over `calibration_batches` batches (default: 8), with the task's
 loss and an untrained head. All weights of the adapted matrices are ranked together with the biases, norms, and layer
@@ -539,8 +540,8 @@ FIXED_MASK = Method(
 
     S[i, j] = scaling · ΔW[i, j]   if (i, j) is among the `budget` million weights with the largest Σ (∂loss/∂w)²
 
-over all adapted matrices, and 0 elsewhere; the sum is over batches. This is the "pre-defined" row of Table XVII; its
-kernels are `p_linear` and `mix_k` (default). The paper does not state the mask size; the default is SPT's budget, 0.4
-for a ViT-B/16 and proportional for other models. `ΔW` and `S` are nonzero at initialization (about 1/m with mix_k,
-where m is the output width). The mask's positions are saved with the factors.
+over all adapted matrices, and 0 elsewhere; the sum is over batches. This is the "pre-defined" row of Table XVII in
+the SNELLA paper, with the kernels `p_linear` and `mix_k` (default). The paper does not state the mask size; the default
+is SPT's budget, 0.4 for a ViT-B/16 and proportional for other models. `ΔW` and `S` are nonzero at initialization (about
+1/m with mix_k, where m is the output width). The mask's positions are saved with the factors.
 """

@@ -1,4 +1,4 @@
-"""Shared configuration of the recipes."""
+"""Configuration shared by the recipes (DreamBooth and instruction fine-tuning)."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -25,7 +25,7 @@ class RecipeOptimConfig(BaseOptimConfig):
     Args:
         batch_size: Samples per forward pass (micro-batch size).
         accumulation: Gradient accumulation steps.
-        optimizer: adamw, adamw8bit (requires bitsandbytes), or auto for 8-bit AdamW if bitsandbytes works, else AdamW.
+        optimizer: adamw, adamw8bit (requires bitsandbytes), or auto: 8-bit AdamW if bitsandbytes works, else AdamW.
         gradient_checkpointing: Recompute the activations of each block instead of storing them.
         precision: fp32, or bf16 for autocast.
     """

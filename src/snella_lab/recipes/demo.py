@@ -45,7 +45,7 @@ DEMO_METHODS: dict[str, dict[str, Any]] = {
 
 The linear probe needs no epochs, because its head is fitted to the features of the unchanged backbone. LoRA and SNELLA
 adapt only the last six of twelve blocks, so that the demo takes a few minutes. They average their weights over about
-30 steps, because single epochs are noisy."""
+30 steps, because the results of single epochs are noisy."""
 
 
 def run_demo(
@@ -79,7 +79,7 @@ def run_demo(
     train_size = {**DEMO_SETTINGS, **settings}["train_size"]
     print_line(console, f"{folder}: {train_size} training images, same test images for all methods")
     columns = ("method", "accuracy", "balanced accuracy", "trainable parameters", "seconds", "adapter MiB")
-    cells = (
+    rows = (
         (
             result.method,
             f"{result.accuracy:.4f}",
@@ -90,7 +90,7 @@ def run_demo(
         )
         for result in results
     )
-    console.print(make_table(columns, cells))
+    console.print(make_table(columns, rows))
     print_line(console, f"best SNELLA adapter {run.adapter}; report {report}")
     return folder
 

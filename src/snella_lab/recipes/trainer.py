@@ -1,6 +1,6 @@
 """Model, optimizer, trainer, and run record that the recipes (DreamBooth and instruction fine-tuning) share.
 
-SNELLA limits the number of weights that the update of a matrix may change. This number is the budget of the matrix.
+SNELLA limits the number of weights that the update of a matrix may change. This limit is the budget of the matrix.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def adapt_headless(method: str, model: nn.Module, options: dict[str, Any]) -> nn
         A `PeftModel` around the model, or the model itself for `full`.
 
     Raises:
-        ValueError: If the method, an option or a value is invalid, or if the method needs a classifier head.
+        ValueError: If the method, an option, or a value is invalid, or if the method needs a classifier head.
     """
     options = check_method(method, options)
     definition = find_method(method)
@@ -75,7 +75,7 @@ def build_low_bit_optimizer(
 
     Args:
         model: Model from `adapt_headless`, on its device.
-        requested: `auto`, `adamw` or `adamw8bit`.
+        requested: `auto`, `adamw`, or `adamw8bit`.
         device: Training device.
         lr: Learning rate of the factors of SNELLA and SNELL, or of all trainable parameters for other methods.
         scalar_lr: Learning rate of the scalar kernel parameters of SNELLA and SNELL. None selects the default of
@@ -97,7 +97,7 @@ def build_low_bit_optimizer(
 
 
 def _choose_adamw(requested: str, device: torch.device) -> tuple[type[Optimizer], str]:
-    """Return the optimizer class for `auto`, `adamw` or `adamw8bit`, and its human-readable name.
+    """Return the optimizer class for `auto`, `adamw`, or `adamw8bit`, and its human-readable name.
 
     8-bit AdamW must complete a test step on the device. Otherwise, `auto` falls back to AdamW, and `adamw8bit` raises
     an ImportError.
@@ -111,9 +111,9 @@ def _choose_adamw(requested: str, device: torch.device) -> tuple[type[Optimizer]
         optimizer_cls([parameter], lr=1.0).step()  # type: ignore[call-arg]
         if not bool((parameter != 0).all()):
             raise RuntimeError("its step leaves parameters unchanged")
-        return optimizer_cls, "8-bit AdamW of bitsandbytes"
+        return optimizer_cls, "8-bit AdamW (bitsandbytes)"
     except Exception as error:
-        # any exception, because bitsandbytes can be missing, outdated, or without a kernel for this device
+        # any exception, because bitsandbytes can be missing or outdated, or have no kernel for this device
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if requested == "adamw8bit":
             raise ImportError(
@@ -285,7 +285,7 @@ def describe_run(
         data: The training data.
         packages: Packages whose versions are recorded.
     """
-    # the command line omits settings that equal their default; required settings, without one, get a placeholder here
+    # the command line omits settings that equal their defaults; required settings have none, so they get placeholders
     default = type(config).from_flat(**dict.fromkeys((*config.required, "out"), "-"))
     return RunInfo(
         status="running",

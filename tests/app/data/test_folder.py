@@ -148,13 +148,16 @@ def test_a_class_of_only_broken_images_is_rejected(write_images):
             r"'.*photos' cannot be used: it has no class folders \(3 images without a class\); .* PATH/class/",
         ),
         ({".": 0}, r"folder '.*photos' cannot be used: it is empty; the expected layout is PATH/class/image\.jpg"),
-        ({"train/a": 2, "train/b": 2, "val/c": 1}, "classes of 'val' unknown to training: 'c'; training has 'a', 'b'"),
+        (
+            {"train/a": 2, "train/b": 2, "val/c": 1},
+            "classes of 'val' missing from training: 'c'; training has 'a', 'b'",
+        ),
         (
             {"train/a": 2, "train/b": 2, "test/B": 1},
-            r"classes of 'test' unknown to training: 'B' \(nearest: 'b'\); training has 'a', 'b'",
+            r"classes of 'test' missing from training: 'B' \(nearest: 'b'\); training has 'a', 'b'",
         ),
-        ({"train/cats": 2, "train/dogs": 2, "val/cat": 1}, r"unknown to training: 'cat' \(nearest: 'cats'\)"),
-        ({"train/CATS": 2, "train/DOGS": 2, "val/cats": 1}, r"unknown to training: 'cats' \(nearest: 'CATS'\)"),
+        ({"train/cats": 2, "train/dogs": 2, "val/cat": 1}, r"missing from training: 'cat' \(nearest: 'cats'\)"),
+        ({"train/CATS": 2, "train/DOGS": 2, "val/cats": 1}, r"missing from training: 'cats' \(nearest: 'CATS'\)"),
         ({"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 0}, "without readable images: 'val/b'"),
         ({"val/a": 2, "test/a": 2}, "has 'test', 'val' but no 'train' with class folders; add PATH/train/"),
         ({"train/a": 2, "val/a": 2, "valid/a": 2}, "has two 'val' splits: 'val' and 'valid'"),
@@ -233,7 +236,7 @@ def test_two_images_per_class_suffice_without_a_test_split(write_images):
 def test_several_errors_are_reported_together(write_images):
     root = write_images({"train/a": 2, "train/b": 0, "val/c": 1})
     with pytest.raises(
-        ValueError, match=r"without readable images: 'train/b'; remove .*; classes of 'val' unknown to training: 'c'"
+        ValueError, match=r"without readable images: 'train/b'; remove .*; classes of 'val' missing from training: 'c'"
     ):
         load(root)
 

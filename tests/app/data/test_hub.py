@@ -344,6 +344,15 @@ def test_splits_may_lack_optional_columns_but_not_labels():
         load_data({"train": train, "test": part(range(10, 14))})
 
 
+def test_splits_must_have_the_image_column():
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    rows = {"image": [{"bytes": encoded(i), "path": None} for i in range(4)], "label": list("abab")}
+    train = datasets.Dataset.from_dict(rows, features=features)
+    parts = {"train": train, "test": train.remove_columns("image")}
+    with pytest.raises(ValueError, match=r"column 'image' must contain images in every split, got none in 'test'"):
+        load_data(datasets.DatasetDict(parts))
+
+
 def test_datasets_without_a_known_split_are_rejected():
     train = datasets.Dataset.from_dict({"image": [{"bytes": encoded(0), "path": None}], "label": ["a"]})
     with pytest.raises(ValueError, match=r"python:data must have a train split .* got splits labeled, unlabeled"):

@@ -283,7 +283,7 @@ def test_arrays_of_bytes_are_read_as_gray_rgb_and_rgba(shape, tmp_path):
 
 def test_other_arrays_need_another_number_of_channels_or_bytes(tmp_path):
     for values, remedy in (
-        (np.zeros((5, 6, 7), np.uint8), r"set another number with --channels \(channels=\)"),
+        (np.zeros((5, 6, 7), np.uint8), r"set the number of channels with --channels \(channels=\)"),
         (np.zeros((4, 5, 3), np.float32), "convert it to uint8"),
         (np.zeros((4, 5), np.uint16), "convert it to uint8"),
     ):

@@ -120,7 +120,7 @@ def test_the_only_group_of_a_class_is_used_for_training(write_table):
     rows = [(f"images/{i:02}.png", "abc"[i % 3], "only" if i % 3 == 2 else f"p{i % 6}-{i // 12}") for i in range(60)]
     data = load_data(f"csv:{write_table(rows)}", DataConfig(columns="label=species"))
     assert Counter(data.train.labels)[2] == 20
-    assert "class 'c' has no test images; add test images, or test scores ignore missing classes" in data.warnings
+    assert "class 'c' has no test images; add test images, or test scores will ignore missing classes" in data.warnings
 
 
 @pytest.mark.parametrize("patients", [10, 15])
@@ -405,7 +405,7 @@ def test_several_classes_without_test_images_are_one_warning(write_table):
     rows = [(*row[:2], "test" if i in (0, 4) else "train") for i, row in enumerate(rows_of(24, classes="abcd"))]
     data = load_data(f"csv:{write_table(rows, ('path', 'label', 'split'))}")
     assert (
-        "3 classes have no test images: 'b', 'c', 'd'; add test images, or test scores ignore missing classes"
+        "3 classes have no test images: 'b', 'c', 'd'; add test images, or test scores will ignore missing classes"
         in data.warnings
     )
 

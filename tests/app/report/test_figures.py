@@ -150,7 +150,7 @@ def test_the_block_trend_is_the_least_squares_line():
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([0.1, 0.4, 0.75])
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.0916667, 0.4166667, 0.7416667], abs=1e-6)
     shown = texts(inline_svg(axes.figure, "t", "T"))
-    assert {"2", "10", "11", "trend, +32.50 points per block"} <= set(shown)
+    assert {"2", "10", "11", "trend, +32.50 percentage points per block"} <= set(shown)
     assert allocation_figures.block_trend(matrices[:2], budgets) is None
 
 

@@ -122,7 +122,7 @@ def test_headline_is_the_test_accuracy_and_method_details_are_collapsed(compared
 
 def test_margins_are_labeled_as_95_percent(run):
     report = page(run.finished(classes=("cat", "dog")))
-    margin = f"±{100 * read(Metrics, run.folder).test.margin:.1f} points"
+    margin = f"±{100 * read(Metrics, run.folder).test.margin:.1f} percentage points"
     assert f"95% margin: {margin}" in report.text
     assert "standard error" not in report.text
     assert all(text.endswith("95% margin: ") for text in report.text.split("±")[:-1])
@@ -164,7 +164,7 @@ def test_the_outcome_is_a_sentence_with_a_baseline(run):
             ("defect", "ok"),
             [[11, 9], [166, 1794]],
             "Always predicting 'ok', the most frequent class, scores 99.0%, but its balanced accuracy, "
-            "which weights all classes equally, is 50.0%; this model's is 73.3% (95% margin: ±10.4 points).",
+            "which weights all classes equally, is 50.0%; this model's is 73.3% (95% margin: ±10.4 percentage points).",
         ),
     ],
 )
@@ -415,7 +415,7 @@ def test_numbers_are_formatted():
         (points_text(-0.0101), "\N{MINUS SIGN}1.0"),
         (points_text(-0.0001), "0.0"),
         (points_text(float("nan")), "–"),
-        (margin_text(0.1338), "95% margin: ±13.4 points"),
+        (margin_text(0.1338), "95% margin: ±13.4 percentage points"),
         (margin_text(float("nan")), ""),
         (decimal_text(-0.24, 3), "\N{MINUS SIGN}0.240"),
         (measure_text(-12.3456), "\N{MINUS SIGN}12.35"),

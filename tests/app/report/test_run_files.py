@@ -41,8 +41,8 @@ def test_the_accuracy_margin_covers_the_farther_end_of_the_wilson_interval(corre
 def test_both_accuracies_have_95_percent_margins_unless_there_are_no_images():
     scores = Scores(0.75, 0.75, confusion=[[30, 10], [10, 30]])
     (_, _, accuracy), (_, _, balanced) = scores.rows("test")
-    assert accuracy.replace("\N{NO-BREAK SPACE}", " ") == "95% margin: ±10.5 points, 80 images"
-    assert balanced.replace("\N{NO-BREAK SPACE}", " ") == "95% margin: ±9.4 points, mean over classes"
+    assert accuracy.replace("\N{NO-BREAK SPACE}", " ") == "95% margin: ±10.5 percentage points, 80 images"
+    assert balanced.replace("\N{NO-BREAK SPACE}", " ") == "95% margin: ±9.4 percentage points, mean over classes"
     assert [note for _, _, note in Scores(0.75, 0.75).rows("test")] == ["", "mean over classes"]
 
 

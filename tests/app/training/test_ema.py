@@ -75,7 +75,7 @@ def test_a_checkpoint_without_averages_or_of_another_model_is_rejected(layer, tm
     with pytest.raises(CheckpointError, match=r"damaged: .*ema\.safetensors is missing; start over with --overwrite"):
         average.load(tmp_path)
     WeightAverage(nn.Linear(3, 2), 0.9).save(tmp_path)
-    with pytest.raises(CheckpointError, match=r"trainable parameters, which differ in bias; start over"):
+    with pytest.raises(CheckpointError, match=r"trainable parameters: only one of the two contains bias; start over"):
         average.load(tmp_path)
 
 

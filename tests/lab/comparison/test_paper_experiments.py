@@ -271,7 +271,7 @@ def test_orderings_are_tested_by_corrected_tests_of_paired_differences(experimen
     assert [result.verdict for result in paper_orderings(experiment, [])] == ["not run"] * 4
     output = io.StringIO()
     print_paper(Console(file=output, width=120), summarize(experiment, rows))
-    assert "orderings of the paper: Table XII" in output.getvalue() and "contradicted" in output.getvalue()
+    assert "orderings in the paper: Table XII" in output.getvalue() and "contradicted" in output.getvalue()
 
 
 def test_ordering_of_a_cost_states_its_number_of_tasks():

@@ -26,8 +26,8 @@ def test_report_has_all_sections_and_figures_and_no_external_links(page):
 
 def test_report_describes_the_statistics(page):
     tested = (
-        "the highest mean of each column is bold. Column “minus lora-8”: differences from lora-8 in points, with "
-        "95% Student&#39;s t intervals over tasks (seeds averaged per task); p after Holm&#39;s "
+        "the highest mean of each column is bold. Column “minus lora-8”: differences from lora-8 in percentage "
+        "points, with 95% Student&#39;s t intervals over tasks (seeds averaged per task); p after Holm&#39;s "
         "correction over 11 comparisons; above: number of tasks above lora-8, with p of the sign test. A "
         "difference is significant if p is at most 0.05 with at least 5 tasks (or seeds of a single task)."
     )
@@ -39,8 +39,8 @@ def test_report_describes_the_statistics(page):
 def test_outcome_is_summarized_in_the_report(large, page):
     outcome = re.search(r'id="outcome">(.*?)</p>', page)[1]
     assert outcome == outcome_text(summarize(*large))
-    pattern = r"full has the highest test accuracy, \d+\.\d% in the mean over 6 tasks: \d+\.\d points above lora-8 "
-    assert re.match(pattern + r"\(95% interval \+\d+\.\d to \+\d+\.\d\)\. Among the others, ", outcome)
+    pattern = r"full has the highest test accuracy, \d+\.\d% in the mean over 6 tasks: \d+\.\d percentage points "
+    assert re.match(pattern + r"above lora-8 \(95% interval \+\d+\.\d to \+\d+\.\d\)\. Among the others, ", outcome)
     assert "linear" in outcome.partition("are significantly below lora-8")[0].rpartition(" and ")[2]
 
 
@@ -52,7 +52,7 @@ def test_two_seeds_decide_no_difference(tiny, make_row):
         for seed, accuracy in enumerate(values)
     ]
     assert outcome_text(summarize(experiment, rows)) == (
-        "bias has the highest test accuracy, 79.0%: 4.0 points above lora-2 (95% interval "
+        "bias has the highest test accuracy, 79.0%: 4.0 percentage points above lora-2 (95% interval "
         "\u221272.2 to +80.2; not significant, 2 seeds, at least 5 required)."
     )
     text = outcome_text(summarize(experiment, rows[:2]))
@@ -96,7 +96,7 @@ def test_insignificant_lead_states_its_p_value(large, make_row):
     ]
     text = outcome_text(summarize(smaller, rows))
     assert text.endswith(
-        "82.8% in the mean over 6 tasks: 2.8 points above lora-8 (95% interval \u22121.0 to +6.7; "
+        "82.8% in the mean over 6 tasks: 2.8 percentage points above lora-8 (95% interval \u22121.0 to +6.7; "
         "not significant, p 0.12 after Holm's correction)."
     )
 
@@ -235,7 +235,7 @@ def test_kappa_is_a_decimal_and_accuracy_a_percentage(tiny, make_row, tmp_path):
     assert (
         "Test quadratic weighted kappa/accuracy (accuracy in percent), mean ± standard deviation over seeds; " in tables
     )
-    assert "differences from lora-2 (accuracy in points), with 95%" in tables
+    assert "differences from lora-2 (accuracy in percentage points), with 95%" in tables
     assert outcome_text(summary) == "lora-2 has the highest test quadratic weighted kappa, 0.520."
     assert "(0.020)" in recommendation_text(summary) and "%" not in recommendation_text(summary)
     page = write_page(tmp_path, summary).read_text()
@@ -268,8 +268,8 @@ def test_recommendation_is_the_cheapest_method_within_one_standard_error(tiny, m
 
     text = recommendation_text(summarize(experiment, rows(costs)))
     assert text == (
-        "Recommended: bias. 2 methods are within one standard error (2.0 points) of the best accuracy, 88.0% for "
-        "lora-2; bias needs the least memory (memory 500\N{NO-BREAK SPACE}MiB, time 12.0\N{NO-BREAK SPACE}s)."
+        "Recommended: bias. 2 methods are within one standard error (2.0 percentage points) of the best accuracy, "
+        "88.0% for lora-2; bias needs the least memory (memory 500\N{NO-BREAK SPACE}MiB, time 12.0\N{NO-BREAK SPACE}s)."
     )
     similar = costs | {"lora-2": (510.0, 9.0)}
     assert "lora-2 needs the least memory (within 5%) and the least time" in recommendation_text(
@@ -301,7 +301,7 @@ def test_a_difference_on_some_tasks_is_no_overall_outcome(large, make_row):
     assert differences["bias"].direction == 1 and "bias" not in outcome_text(summary)
     assert recommendation_text(summary).endswith(" No complete results yet: bias.")
     partial = [row for row in rows if row.experiment_name == "full" or row.task_name in tasks[:2]]
-    assert "10.0 points above lora-8 (2 of 6 tasks)" in outcome_text(summarize(smaller, partial))
+    assert "10.0 percentage points above lora-8 (2 of 6 tasks)" in outcome_text(summarize(smaller, partial))
 
 
 def test_tied_leaders_are_not_among_the_others(tiny, make_row):

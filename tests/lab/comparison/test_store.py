@@ -57,7 +57,7 @@ def test_truncated_line_is_restored_from_its_cell_with_a_note(root):
     path.write_bytes(path.read_bytes()[:-30])
     rows, notes = collect(root)
     assert sorted(rows) == ["c0", "c1", "c2"] and seeds(root) == {"c0": 0, "c1": 1, "c2": 2}
-    assert "results.jsonl, line 3 is truncated" in notes[0] and "1 rows restored" in notes[1]
+    assert "results.jsonl, line 3 is truncated" in notes[0] and "1 row restored" in notes[1]
     assert collect(root)[1] == []
 
 
@@ -181,7 +181,7 @@ def test_modified_line_is_restored_from_its_cell(root):
     modify(root / "results.jsonl", '"seed": 1', '"seed": 7')
     rows, notes = collect(root)
     assert rows["c1"].seed == seeds(root)["c1"] == 1
-    assert "line 2 was modified after it was written" in notes[0] and "1 rows restored" in notes[1]
+    assert "line 2 was modified after it was written" in notes[0] and "1 row restored" in notes[1]
 
 
 def test_row_modified_in_both_places_is_dropped(root):

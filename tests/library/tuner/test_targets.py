@@ -288,7 +288,7 @@ def test_longest_suffix_in_mapping_wins(vit):
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        (5, r"qkv_groups=5 splits 'attn\.qkv_proj' into rows \[6, 6, 6, 6, 6\], .* or map it to a list of rows"),
+        (5, r"qkv_groups=5 splits 'attn\.qkv_proj' into rows \[6, 6, 6, 6, 6\], .* or map the name to a list"),
         ({"qkv_proj": [16, 8]}, r"into rows \[16, 8\], but it has 32 rows; use a number that divides 32"),
         ({"qkv_proj": 33}, r"into rows \[0(, 0)*\], but it has 32 rows"),
     ],

@@ -30,7 +30,7 @@ from snella.update import Update, UpdateSpec
 _MAX_WIDTH = 192  # columns of a block
 _MIN_WIDTH = 96
 _MIN_BLOCKS = 6  # if the matrix is wide enough: parallelism for a few threads
-_WORKSPACE_ENTRIES = 1 << 20  # entries of a block's two matrices, which must fit in the cache
+_WORKSPACE_ENTRIES = 1 << 20  # entries of a block's two matrices, which should fit in the cache
 _MAX_CHUNKS = 16  # each chunk allocates a partial gradient of B
 _MIN_ENTRIES_FOR_THREADS = 1 << 17  # smaller matrices are processed by one thread
 _TASKS_PER_THREAD = 4  # balances the load between threads
@@ -66,7 +66,7 @@ class _Matrix(NamedTuple):
 
 
 class NumbaBackend(Backend):
-    """Backend for the kernels `mix_k`, `normalized_rbf` and `p_linear` in float32 on the CPU.
+    """Backend for the kernels `mix_k`, `normalized_rbf`, and `p_linear` in float32 on the CPU.
 
     Only the threshold selection writes a merged matrix. With a known threshold, the backend computes the effective
     weight and the gradients directly from the factors. With `cache_delta`, autograd saves the effective weight instead
@@ -171,7 +171,7 @@ def _merge_matrix(
     """Return a matrix's state, after selecting its threshold if it is `None`.
 
     The selection writes the column statistics into `stats`. With a known threshold, they are computed only if
-    `needs_stats`.
+    `needs_stats` is True and the kernel function has a softmax.
     """
     shape = (packed.B.shape[0], packed.A.shape[0])
     width, blocks = _blocks(shape)
@@ -208,13 +208,13 @@ def use_sddmm(spec: UpdateSpec, budget: int, size: int) -> bool:
 
 
 def sddmm_weight_grad(matrix: _Matrix, budget: int, grad_y: Tensor, x: Tensor, out: Tensor) -> None:
-    """Write ∂L/∂W into `out`, only at the nonzero entries of a matrix (SDDMM).
+    """Write ∂L/∂W into `out`, only where a matrix's update is nonzero (SDDMM).
 
     Args:
         matrix: The matrix.
         budget: Maximum number of nonzero entries.
         grad_y: The matrix's columns of ∂L/∂y, `[tokens, rows]`.
-        x: `[tokens, n]`, dtype of `grad_y`.
+        x: `[tokens, n]`, in the dtype of `grad_y`.
         out: Zeros, `[rows, n]`, float32 or float64.
 
     Raises:

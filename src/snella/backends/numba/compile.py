@@ -44,7 +44,7 @@ def remove_stale_index(function: Callable[..., None], folder: Path) -> None:
     """Remove Numba's cache index of `function` from `folder` if any source file of the kernels is newer.
 
     Numba checks only the file that defines the function. It could therefore load a function that was compiled with an
-    outdated helper of another file, and one process would use both versions of the helper.
+    outdated helper from another file, and one process would use both versions of the helper.
     """
     newest = max(file.stat().st_mtime for file in Path(__file__).parent.glob("*.py"))
     for index in folder.glob(f"{Path(function.__code__.co_filename).stem}.{function.__name__}-*.nbi"):

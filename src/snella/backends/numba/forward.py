@@ -174,7 +174,7 @@ def merge_row(tile, B, coeff, softmax, i, w, columns, start, row, squares):
 
 @njit(**FASTMATH_STRICT_ORDER)
 def store_column_stats(inv_sum, scratch, start, w, columns):
-    # columns = max_logit, scale and inv_sum of the block's columns, for `merge_row` and the backward pass
+    # columns = max_logit, scale, and inv_sum of the block's columns, for `merge_row` and the backward pass
     for j in range(w):
         column = np.uintp(start + j)
         columns[0, column], columns[1, column], columns[2, column] = scratch[1, j], scratch[2, j], inv_sum[j]
@@ -182,7 +182,7 @@ def store_column_stats(inv_sum, scratch, start, w, columns):
 
 @njit(**FASTMATH_STRICT_ORDER)
 def alloc_workspace(m, K, width):
-    # a thread's workspace for blocks of `width` columns: tile, value, exps, inv_sum and three rows
+    # a thread's workspace for blocks of `width` columns: tile, value, exps, inv_sum, and three rows
     block = (m, width)
     tile, value, exps = np.empty((K, width), np.float32), np.empty(block, np.float32), np.empty(block, np.float32)
     return tile, value, exps, np.empty(width, np.float32), np.empty((3, width), np.float32)
@@ -267,7 +267,7 @@ def add_sparse(first, last, base, value, threshold, scaling, mode, result):
 
 @compiled(FASTMATH_STRICT_ORDER)
 def measure_column_stats(first, last, width, A, B, coeff, softmax, columns):
-    # columns = max_logit, scale and inv_sum of every column
+    # columns = max_logit, scale, and inv_sum of every column
     m, n = B.shape[0], A.shape[0]
     tile, value, exps, inv_sum, scratch = alloc_workspace(m, A.shape[1], width)
     for block in range(first, last):

@@ -98,7 +98,7 @@ class _Launches:
         return torch.empty(shape, dtype=dtype, device=self.A.device)
 
     def tiles(self, row_tiles: int = 1) -> tuple[int, int, int]:
-        """Return the grid of tiles over the columns, rows and matrices; a program covers `row_tiles` tiles."""
+        """Return the grid of tiles over the columns, rows, and matrices; a program covers `row_tiles` tiles."""
         return -(-self.n // TILE["BLOCK_N"]), -(-self.max_rows // (TILE["BLOCK_M"] * row_tiles)), self.groups
 
     def softmax_stats(self) -> SoftmaxStats:
@@ -152,7 +152,7 @@ class _Launches:
     def gradients(
         self, delta: Tensor, thresholds: Tensor, stats: SoftmaxStats, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of A, B and the scalars, given `grad` = ∂L/∂W."""
+        """Return the gradients of A, B, and the scalars, given `grad` = ∂L/∂W."""
         grid, scaling = self.tiles(), self.spec.scaling
         columns, rows, _ = grid
         matrix = (delta, thresholds, grad)
@@ -173,7 +173,7 @@ class _Launches:
         inputs = (self.A, self.B, self.coeff, self.alpha, self.temperature, self.layout, *stats, weighted_sum, *matrix)
         options = tile | self.terms | launch_options("factor_gradients", self.rank, aligned=self.n % 16 == 0)
         backward.factor_gradients[grid](*inputs, part_A, part_B, sums, scaling, self.n, self.m, **options)
-        # zeros, because a kernel without softmax does not write the gradients of α, β and γ
+        # zeros, because kernels without a softmax do not write the gradients of α, β, and γ
         scalar_grads = [value if value is None else torch.zeros_like(value) for value in self.scalars]
         options = {"P": self.pieces["P"], "SOFTMAX": self.has_softmax, "CENTER": self.spec.kernel.center_softmax}
         options |= self.axis | {"BLOCK": SUM_BLOCK} | launch_options("scalar_gradients")
@@ -216,7 +216,7 @@ def is_interpreted() -> bool:
 
 
 class TritonBackend(Backend):
-    """Backend for the kernels `mix_k`, `normalized_rbf` and `p_linear` in float32 on a CUDA device."""
+    """Backend for the kernels `mix_k`, `normalized_rbf`, and `p_linear` in float32 on a CUDA device."""
 
     name = "triton"
 

@@ -3,8 +3,8 @@
 
 The kernels recompute distances and softmax from the factors. Each program writes the partial sums of its tile; these
 sums are added in a fixed order afterwards, without atomic float additions. The shape letters are those of `forward`,
-plus `q` tiles of rows and `s` tiles of columns. In formulas, `G` is `∂L/∂ΔW`, and `Z` is the softmax, as in
-`DERIVATION.md`.
+plus `q` tiles of rows and `s` tiles of columns. In formulas (but not in shapes), `G` is `∂L/∂ΔW`, and `Z` is the
+softmax, as in `DERIVATION.md`.
 """
 
 import triton
@@ -116,8 +116,8 @@ def factor_gradients(
 ):
     """Write each tile's partial gradients: `grad_A` `[q, G, n, R]`, `grad_B` `[s, m, R]`, `sums` `[G, q·s, P + 3]`.
 
-    `sums` contains `Σ ∂L/∂κ·d_p` for each piece, then `Σ G`, `Σ G⊙Z` and `Σ ∂L/∂(κ/γ)·κ/γ`. The rank is a
-    runtime argument, because the compiler would unroll constant loops and keep their factors in up to 255 registers.
+    `sums` contains `Σ ∂L/∂κ·d_p` for each piece, then `Σ G`, `Σ G⊙Z`, and `Σ ∂L/∂(κ/γ)·κ/γ`. The rank is a runtime
+    argument, because the compiler would unroll loops of constant length and keep their factors in up to 255 registers.
     """
     group = tl.program_id(2)
     width = R // P

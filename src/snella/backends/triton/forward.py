@@ -3,7 +3,7 @@
 
 A weight `W0` `[m, n]` (`m` outputs, `n` inputs) stacks `G` matrices, e.g. 3 in a fused qkv layer. The factors are `A`
 `[G, n, R]` and `B` `[m, R]`, of rank `R`, split into `P` pieces of width `R / P`. The scalars are `coeff` `[G, P]`, and
-`alpha` (α), `beta` (β) and `temperature` (γ, 1 if absent), each `[G]`. For each matrix, with its rows of `W0` and `B`:
+`alpha` (α), `beta` (β), and `temperature` (γ, 1 if absent), each `[G]`. For each matrix, with its rows of `W0` and `B`:
 
     d_p[i, j] = ‖B[i, piece p] − A[j, piece p]‖₂         distance in piece p
     κ[i, j]   = Σ_p coeff[p]·d_p[i, j]                   weighted distance, called `value` in the code
@@ -175,7 +175,7 @@ def softmax_statistics(
     ALONG: tl.constexpr,
     ACROSS: tl.constexpr,
 ):
-    """Compute what the softmax over `AXIS` needs: a maximum logit and an inverse sum of exponentials.
+    """Compute the maximum logit and the inverse sum of exponentials of each column or row of the softmax over `AXIS`.
 
     If `AXIS` is 0, `max_logit` and `inverse_sum` are `[G, n]`, with one value per column. If it is 1, they are `[m]`,
     with one value per row. The sum is that of `exp(logit − maximum)`.

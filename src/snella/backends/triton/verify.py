@@ -43,16 +43,16 @@ _results: dict[str, str | None] = {}
 def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
     """Return the reason why the Triton kernels fail the check on the device of `A`, or `None` if they pass.
 
-    Merges a 64×96 matrix with the update's kernel, rank and sparsify mode. Compares the softmax statistics, the merged
-    matrix, the threshold, the effective weight and every gradient with torch operations in float64 on the CPU. The
-    reason names the Triton kernels that compute the first wrong result. The result is cached in memory and in
-    `kernel_checks.json` in the cache folder (`$SNELLA_CACHE`, `$XDG_CACHE_HOME/snella` or `~/.cache/snella`), by
-    device, driver, versions, source, kernel, mode, scaling, rank and dtype. Failures to compile or launch a kernel are
-    cached only in memory, because they may be temporary.
+    Merges a 64×96 matrix with the update's kernel, rank, and sparsification mode. Compares the softmax statistics, the
+    merged matrix, the threshold, the effective weight, and every gradient with those of torch operations in float64 on
+    the CPU. The reason names the Triton kernels that compute the first wrong result. The outcome is cached in memory
+    and in `kernel_checks.json` in the cache folder (`$SNELLA_CACHE`, `$XDG_CACHE_HOME/snella`, or `~/.cache/snella`),
+    by device, driver, versions, source, kernel, mode, scaling, rank, and dtype. Failures to compile or launch a kernel
+    are cached only in memory, because they may be temporary.
 
     Args:
-        spec: Spec of the update; only kernel, mode and scaling matter.
-        A: Input-side factors, `[G, n, r]`; only device, dtype and rank matter.
+        spec: Spec of the update; only kernel, mode, and scaling matter.
+        A: Input-side factors, `[G, n, r]`; only device, dtype, and rank matter.
     """
     key = _key(spec, A)
     if key not in _results:
@@ -64,7 +64,7 @@ def failed_check(spec: UpdateSpec, A: Tensor) -> str | None:
                 _results[key] = _compare(spec, A)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # compilers, drivers and launchers raise many types
+            except Exception as error:  # compilers, drivers, and launchers raise many types
                 lines = str(error).strip().splitlines() or ["no message"]
                 failed = f"cannot run the Triton kernels for kernel={spec.kernel.name!r} on {_device_name(A.device)}"
                 _results[key] = f"{failed}: {type(error).__name__}: {lines[0]}"

@@ -33,13 +33,13 @@ class DreamBoothConfig(RunSettings):
         run: Folder, seed and device.
         data: Subject images: folder:PATH for PATH/image.jpg, or dreambooth:PATH for PATH/SUBJECT/image.jpg.
         subject: Subject folder in dreambooth:PATH.
-        pipeline: Stable Diffusion 3: a local folder in diffusers format, or a hub name.
+        pipeline: Stable Diffusion 3, as a local folder in diffusers format or a hub name.
         token: Rare token that denotes the subject in prompts.
         class_name: Class of the subject, e.g. dog; dreambooth:PATH can define it.
         prompt: Training prompt; defaults to "a photo of TOKEN CLASS".
         resolution: Image resolution in pixels; images are resized and center-cropped.
         steps: Number of optimizer steps, at a constant learning rate.
-        weighting: Timestep sampling and weighting: logit_normal, mode, uniform, sigma_sqrt or cosmap.
+        weighting: Timestep sampling and loss weighting: logit_normal, mode, uniform, sigma_sqrt or cosmap.
         precondition: Compute the loss on predicted clean latents instead of velocities.
         flip: Also train on mirrored images.
         prior_weight: Weight of the prior-preservation loss on class images; 0 disables it.
@@ -99,13 +99,13 @@ class DreamBoothConfig(RunSettings):
         return [*errors, *super().errors(), *self.method_errors()]
 
     def with_class_name(self, class_name: str | None) -> "DreamBoothConfig":
-        """Return a copy in which the class name and the prompts are set.
+        """Return a copy with the class name and, in place of missing prompts, the default prompts.
 
         Args:
-            class_name: Class name from the data. The settings take precedence.
+            class_name: Class name from the data. A class name in the settings takes precedence.
 
         Raises:
-            ValueError: If a prompt needs a class name, and neither the settings nor the data define one.
+            ValueError: If a default prompt is needed, but neither the settings nor the data define a class name.
         """
         resolved_class = self.class_name or class_name
         missing = [] if self.prompt else ["prompt"]
@@ -125,7 +125,7 @@ class DreamBoothConfig(RunSettings):
 
 
 class DreamBoothFolder(BaseRunFolder[DreamBoothConfig]):
-    """Run folder of DreamBooth."""
+    """Folder of a run of `snella dreambooth`."""
 
     settings_type = DreamBoothConfig
     files = (*BaseRunFolder.files, "generation.json")
@@ -138,7 +138,7 @@ class GenerationOptions(Config):
 
     Args:
         run: Run folder.
-        live: Use the file's prompts for live subjects; default for cats and dogs.
+        live: Use the prompt file's list for live subjects; default for cats and dogs.
         images_per_prompt: Number of images per prompt.
         steps: Sampling steps; defaults to the run's.
         batch_size: Batch size.
@@ -202,7 +202,7 @@ class EvaluateGenerationOptions(GenerationOptions):
         clip: CLIP model: a local folder in transformers format or a hub name.
         dino: DINOv2 model: a local folder in transformers format or a hub name.
         prompts: Prompt file; defaults to prompts_and_classes.txt in the run's dreambooth: folder.
-        overwrite: Replace images generated with other settings.
+        overwrite: Replace images generated with different settings.
         out: JSON file for the results.
     """
 

@@ -67,8 +67,8 @@ def read_prompt_file(path: str | Path) -> PromptFile:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file is not UTF-8, has no templates, or has templates without the token placeholder or with
-            unknown placeholders. The message lists invalid templates.
+        ValueError: If the file is not UTF-8, if it or one of its lists has no templates, or if templates lack the token
+            placeholder or have unknown placeholders. The message lists invalid templates.
     """
     file = expand_user(path)
     if not file.is_file():
@@ -126,10 +126,10 @@ def _check(file: Path, lists: list[list[str]]) -> None:
 
 @dataclass(frozen=True)
 class Concept:
-    """The images of a subject.
+    """The images of a subject or, for prior preservation, of its class.
 
     Attributes:
-        name: Name of the subject's folder.
+        name: Name of the folder.
         paths: Image files, sorted by name.
         class_name: Class in the data, e.g. `dog` for `dog6`, or None if the data does not define it.
         notes: Notes for the user.
@@ -164,7 +164,8 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
     Raises:
         FileNotFoundError: If the folder or subject does not exist. The message suggests similar names, if any.
         ValueError: If `spec` or the prompt file is invalid, if `subject` is missing or not allowed, if the folder has
-            no images, or if any image is corrupt (with `skip_corrupt`, if all are). The message lists corrupt images.
+            no images or no subject folders, or if any image is corrupt (with `skip_corrupt`, if all are). The message
+            lists corrupt images.
     """
     family, colon, path = spec.partition(":")
     if not colon or family not in ("folder", "dreambooth"):
@@ -208,7 +209,7 @@ def load_concept(spec: str, subject: str | None = None, *, skip_corrupt: bool = 
 
 
 def _subject_folder(root: Path, subject: str | None) -> Path:
-    """Return the folder of a subject, or raise an error that lists the available subjects."""
+    """Return the folder of a subject, or raise an error that names available subjects, if any."""
     names = sorted(child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not names:
         raise ValueError(f"dreambooth:{root} has no subject folders; put images at PATH/subject/image.jpg")

@@ -165,13 +165,13 @@ def evaluate_generation(options: EvaluateGenerationOptions, console: Console | N
         console: Console for the progress bars, or None for stdout.
 
     Returns:
-        `{"runs": [metrics per run], "mean": {…}, "standard_error": {…}}`. Means and standard errors are over runs. The
-        standard error of a single run is None.
+        `{"runs": [metrics of each run], "mean": {…}, "standard_error": {…}}`. Means and standard errors are over runs.
+        The standard error of a single run is None.
 
     Raises:
         FileNotFoundError: If a run, adapter, prompt file, or model does not exist.
-        FileExistsError: If `evaluation/` contains files but no valid `images.json` or, without `overwrite`, images from
-            different prompts, settings, or weights.
+        FileExistsError: If `evaluation/` contains files but no valid `images.json`, or if, without `overwrite`, it
+            contains images generated with different prompts, settings, or weights.
         ConnectionError: If a model is not a local folder and cannot be loaded from the hub or its cache.
         ValueError: If a prompt file is invalid, the subject's images have changed since training, or a run belongs to
             another command.
@@ -236,7 +236,7 @@ def score_images(
         `text_alignment`: mean cosine similarity between CLIP embeddings of each image and its prompt.
         `text_alignment_without_token`: the same, but with the prompts in `plain_prompts`.
         `vendi`: Vendi score of all images, from DINOv2 embeddings.
-        `vendi_by_prompt`: mean Vendi score of each prompt's images.
+        `vendi_by_prompt`: Vendi score of each prompt's images, averaged over the prompts.
     """
     pixels = [read_image(image.path) for image in images]
     clip_embeddings = clip.images(pixels)

@@ -73,7 +73,7 @@ def sample_images(
     """Generate one image per job, in order.
 
     Each distinct prompt is embedded once, before sampling. During sampling, only the transformer and the autoencoder
-    are on the device. Afterwards, the autoencoder is moved back.
+    are on the device. Afterwards, only the autoencoder is moved back.
 
     Args:
         pipeline: Pipeline with the adapter in its transformer.
@@ -82,7 +82,7 @@ def sample_images(
         device: Torch device.
 
     Raises:
-        ValueError: If the pipeline does not support this resolution.
+        ValueError: If the pipeline does not support the resolution.
     """
     check_resolution(pipeline, sampling.resolution)
     has_guidance = sampling.guidance > 1
@@ -92,12 +92,12 @@ def sample_images(
     embedded = dict(zip(texts, embed_prompts(pipeline, texts, device, sampling.max_sequence_length), strict=True))
 
     def stacked(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return the token embeddings and pooled embeddings of prompts on the device."""
+        """Return the token embeddings and the pooled embeddings of prompts, concatenated on the device."""
         tokens = torch.cat([embedded[prompt].tokens for prompt in prompts])
         pooled = torch.cat([embedded[prompt].pooled for prompt in prompts])
         return tokens.to(device), pooled.to(device)
 
-    # no text encoders: diffusers infers the device from all components, and the encoders are not on it
+    # no text encoders: diffusers may infer its device from any component, and the encoders are not on `device`
     no_text: dict[str, Any] = dict.fromkeys(TEXT_COMPONENTS)
     image_pipeline = StableDiffusion3Pipeline(
         transformer=pipeline.transformer.to(device).eval(),
@@ -131,7 +131,7 @@ def sample_images(
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """File, prompt and seed of a generated image."""
+    """File, prompt, and seed of a generated image."""
 
     path: Path
     prompt: str
@@ -166,7 +166,7 @@ class ImageGenerator:
             folder: Output folder for `NUMBER-SEED.png`, numbered by prompt, and `images.json`. Created if missing.
             prompts: Prompts.
             seeds: Seeds.
-            overwrite: Replace generated images in the folder that differ in prompts, seeds, settings, or source.
+            overwrite: Replace all generated images in the folder if their prompts, seeds, settings, or source differ.
 
         Returns:
             The requested images, including those of earlier calls, ordered by prompt and then by seed.
@@ -175,7 +175,7 @@ class ImageGenerator:
             FileExistsError: If `folder` is a file, or contains files but no valid `images.json`. Without `overwrite`,
                 also if its images differ in prompts, seeds, settings, or source. With `overwrite`, also if a file that
                 is not listed in `images.json` has the name of a new image.
-            ValueError: If the pipeline does not support this resolution.
+            ValueError: If the pipeline does not support the resolution.
         """
         num_digits = max(2, len(str(len(prompts) - 1)))
         images = [
@@ -187,7 +187,7 @@ class ImageGenerator:
         settings = {name: value for name, value in asdict(self.sampling).items() if name != "batch_size"}
         entries = [{"file": image.path.name, "prompt": image.prompt, "seed": image.seed} for image in images]
         manifest = {"format": 1, "source": self.source, "drawing": settings, "images": entries}
-        if not _contains(folder, manifest, overwrite=overwrite):
+        if not _matches(folder, manifest, overwrite=overwrite):
             folder.mkdir(parents=True, exist_ok=True)
             old_manifest = _manifest(folder) or {"images": []}
             old_names = {Path(entry["file"]).name for entry in old_manifest["images"]}
@@ -217,11 +217,11 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if is_manifest else None
 
 
-def _contains(folder: Path, new_manifest: dict[str, Any], *, overwrite: bool) -> bool:
-    """Return whether the images in a folder are those of `new_manifest`.
+def _matches(folder: Path, new_manifest: dict[str, Any], *, overwrite: bool) -> bool:
+    """Return whether the manifest of a folder equals `new_manifest`.
 
     Raises:
-        FileExistsError: If the folder contains anything else that must be kept.
+        FileExistsError: If `folder` is a file, or has contents that must be kept.
     """
     if not folder.exists():
         return False
@@ -259,7 +259,7 @@ def open_run(run: str | Path) -> DreamBoothFolder:
     """Return the folder of a DreamBooth run.
 
     Raises:
-        FileNotFoundError: If the folder is not a run.
+        FileNotFoundError: If the folder has no run.
         ValueError: If the run belongs to another command.
     """
     folder = DreamBoothFolder(run)
@@ -280,7 +280,7 @@ def load_generator(
         guidance: Guidance scale. None selects the run's.
 
     Raises:
-        FileNotFoundError: If the folder is not a run, the run has no adapter yet, or the pipeline does not exist.
+        FileNotFoundError: If the folder has no run, the run has no adapter yet, or the pipeline does not exist.
         ValueError: If the run belongs to another command, or the pipeline is invalid.
         ConnectionError: If the pipeline is neither local nor cached, and the hub is unreachable.
         AdapterFileError: If the adapter is damaged or does not fit the pipeline.
@@ -297,7 +297,7 @@ def load_generator(
 
 
 def adapter_source(run: DreamBoothFolder, pipeline: str) -> str:
-    """Return the pipeline's name and the digest of the adapter's weights."""
+    """Return the source of a run's images: the name of the pipeline, with the digest of the adapter's weights."""
     return f"{pipeline} with adapter {adapter_digest(run.adapter)}"
 
 

@@ -40,7 +40,7 @@ class PromptEmbedding:
     pooled: Tensor
 
     def repeated(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return both embeddings on the device, repeated for `count` images."""
+        """Return both embeddings on `device`, repeated for `count` images."""
         return self.tokens.to(device).repeat(count, 1, 1), self.pooled.to(device).repeat(count, 1)
 
 
@@ -142,7 +142,8 @@ def check_resolution(pipeline: StableDiffusion3Pipeline, resolution: int) -> Non
     """Check that the pipeline supports a resolution.
 
     Raises:
-        ValueError: If the resolution is not a multiple of the patch size in pixels, or exceeds the position embeddings.
+        ValueError: If the resolution is not a multiple of the patch size in pixels, or exceeds the range of the
+            position embeddings.
     """
     multiple = pipeline.vae_scale_factor * pipeline.patch_size
     max_resolution = multiple * getattr(pipeline.transformer.config, "pos_embed_max_size", 0)  # 0 without a maximum
@@ -166,8 +167,8 @@ def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipelin
 
     Raises:
         FileNotFoundError: If the folder does not exist or lacks components. The message lists missing components.
-        ValueError: If the folder contains a different kind of pipeline or a damaged index, or if the hub is reachable
-            and the pipeline cannot be loaded from it.
+        ValueError: If the folder contains a different kind of pipeline or a damaged index, or if the hub is reachable,
+            but the pipeline cannot be loaded from it.
         ConnectionError: If the pipeline is neither local nor cached, and the hub is unreachable.
     """
     folder = expand_user(name)
@@ -188,8 +189,8 @@ def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipelin
         except (OSError, ValueError, HfHubHTTPError) as error:
             if reason is None:
                 raise ValueError(
-                    f"pipeline {name!r} cannot be loaded from the hub: {first_line(error)}; check the name, accept its "
-                    "license on the hub, or download it elsewhere and pass the folder"
+                    f"pipeline {name!r} cannot be loaded from the hub: {first_line(error)}; check the name, accept the "
+                    "license on the hub, or download the pipeline elsewhere and pass the folder"
                 ) from error
             raise ConnectionError(
                 f"pipeline {name!r} is not a local folder and not cached, and the hub is unreachable ({reason}); pass "
@@ -198,16 +199,16 @@ def load_pipeline(name: str, precision: str = "fp32") -> StableDiffusion3Pipelin
 
 
 def _check_folder(folder: Path) -> list[str]:
-    """Validate a pipeline folder, and raise an error that lists everything that is missing.
+    """Validate a pipeline folder. If anything is missing, the error lists all of it.
 
     Returns:
-        Missing optional components, which diffusers requires as explicit None arguments.
+        Missing optional components, for which diffusers requires explicit None arguments.
     """
     index_file = folder / _INDEX_FILE
     if not index_file.is_file():
         raise FileNotFoundError(
-            f"pipeline folder '{folder}' has no {_INDEX_FILE}, so it is not in diffusers format; write it with "
-            "pipeline.save_pretrained"
+            f"pipeline folder '{folder}' has no {_INDEX_FILE}, so it is not in diffusers format; write the folder "
+            "with pipeline.save_pretrained"
         )
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """Self-contained HTML report of a DreamBooth run.
 
-The budget of a matrix is the number of weights that its update may change. A matrix with budget 0 is frozen.
+The budget of a matrix is the number of its weights that the update may change. A matrix with budget 0 is frozen.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""DreamBooth training with bit-identical resume.
+"""DreamBooth training that resumes bit-identically.
 
 Prior preservation means that the model is also trained on generated images of the subject's class. The budget of an
-adapted matrix is the number of weights that its update may change.
+adapted matrix is the number of its weights that the update may change.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class FlowMatching(nn.Module):
             images: Latents, `[n, c, h, w]`.
             noise: Noise, `[n, c, h, w]`.
             times: Relative positions in the list of timesteps, `[n]`, in [0, 1].
-            prompt: Prompt shared by all images.
+            prompt: Embedding of the prompt that all images share.
         """
         device = images.device
         indices = (times * len(self.times)).long().clamp_max(len(self.times) - 1).cpu()
@@ -217,7 +217,7 @@ class DreamBoothTrainer(RecipeTrainer):
     def fixed_loss(self) -> float:
         """Compute the mean loss over the subject's images at evenly spaced timesteps, with fixed noise.
 
-        The objective stays in evaluation mode.
+        This leaves the objective in evaluation mode.
         """
         self.objective.eval()
         generator = torch.Generator().manual_seed(mix_seed(self.args.seed, _FIXED))
@@ -233,7 +233,7 @@ class DreamBoothTrainer(RecipeTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Compute the loss of micro-batch `inputs["index"]`, plus the weighted prior-preservation loss."""
+        """Compute the loss of micro-batch `inputs["index"]`, plus the weighted prior-preservation loss, if any."""
         index = inputs["index"]
         step, index_in_step = divmod(index, self.args.gradient_accumulation_steps)
         torch.manual_seed(mix_seed(self.args.seed, _GLOBAL, step, index_in_step))
@@ -311,10 +311,10 @@ def personalize(config: DreamBoothConfig, console: Console | None = None) -> Dre
         FileNotFoundError: If the images, the subject, or the pipeline does not exist.
         ConnectionError: If the pipeline is neither local nor cached, and the hub is unreachable.
         ValueError: If settings conflict, images are corrupt, or a resumed run's images have changed.
-        TrainingInterrupted: If the user interrupts the run. The message names the last checkpoint, if any.
+        TrainingInterrupted: If a signal interrupts the run. The message names the last checkpoint, if any.
         NonFiniteLossError: If the loss or gradient becomes infinite or NaN. The last checkpoint is kept.
-        CheckpointError: If the disk is full, in which case the last checkpoint is kept, or if the resumed checkpoint is
-            damaged.
+        CheckpointError: If a checkpoint or the adapter cannot be written, e.g. because the disk is full (the last
+            checkpoint is kept), or if all checkpoints of a resumed run are damaged.
     """
     console = console or make_console(survives_closed_output=True)
     run = DreamBoothFolder(str(config.run.out))

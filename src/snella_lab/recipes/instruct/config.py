@@ -31,7 +31,7 @@ class LanguageConfig(RunSettings):
         data: JSON list of objects with instruction, input (optional), output and answer, e.g. commonsense_170k.json.
         model: Causal language model: a local folder in transformers format, or a hub name.
         template: Prompt template file with {instruction} and {input}; defaults to a built-in template.
-        max_length: Maximum number of tokens in prompt and response; longer responses are truncated.
+        max_length: Maximum number of tokens in prompt and response together; longer responses are truncated.
         learn_prompt: Also compute the loss on prompt tokens, as the training script of the commonsense benchmark does.
         epochs: Training epochs.
         warmup_steps: Number of learning rate warmup steps, before linear decay to 0.
@@ -73,7 +73,7 @@ RESULT_FILE = "language.json"
 
 
 class LanguageFolder(BaseRunFolder[LanguageConfig]):
-    """Run folder of instruction fine-tuning."""
+    """Folder of a run of `snella language`."""
 
     settings_type = LanguageConfig
     files = (*BaseRunFolder.files, RESULT_FILE)

@@ -116,7 +116,7 @@ def read_benchmark(folder: str | Path) -> dict[str, list[Instruction]]:
 
 
 def _error(entry: Any, choices: tuple[str, ...] | None) -> str:
-    """Return an entry's error, or an empty string if it is valid."""
+    """Return the error in an entry, or an empty string if the entry is valid."""
     if not isinstance(entry, dict):
         return f"must be an object, got {type(entry).__name__}"
     for name in ("instruction", "output"):

@@ -34,8 +34,8 @@ from snella_lab.recipes.instruct.train import load_model, load_tokenizer
 def evaluate_language(options: EvaluateLanguageOptions, console: Console | None = None) -> dict[str, Any]:
     """Evaluate a run on all tasks in a folder.
 
-    Answers are appended to `RUN/answers/TASK.jsonl`, so after an interruption, the next call resumes
-    after the last stored answer.
+    Answers are appended to `RUN/answers/TASK.jsonl`, so the next call after an interruption resumes after the last
+    stored answer.
 
     Args:
         options: Options of `snella evaluate-language`.
@@ -44,11 +44,11 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
     Returns:
         `{"format": 1, "settings": {…}, "tasks": {name: {"accuracy", "right", "questions", "unanswered"}}, "mean": …}`.
         `mean` is the mean accuracy over tasks. The result is also written to `RUN/language.json`. If that file already
-        has results with the same settings, the results of other tasks are kept. So are results of the same task on more
-        questions, unless `overwrite` is set.
+        has results with the same settings, it keeps its results of other tasks and, unless `overwrite` is set, its
+        results of the same tasks on more questions; its `mean` includes them.
 
     Raises:
-        FileNotFoundError: If the run, adapter, data or model does not exist.
+        FileNotFoundError: If the run, adapter, data, or model does not exist.
         FileExistsError: If the run has answers to different questions or answers generated with different settings,
             and `overwrite` is not set.
         ConnectionError: If the model is not a local folder and cannot be loaded from the hub or its cache.
@@ -68,7 +68,7 @@ def evaluate_language(options: EvaluateLanguageOptions, console: Console | None 
 def _evaluate(
     folder: LanguageFolder, info: RunInfo, options: EvaluateLanguageOptions, console: Console | None
 ) -> dict[str, Any]:
-    """Evaluate a run whose lock is held."""
+    """Evaluate a run whose lock the caller holds."""
     folder.check_adapter()
     questions = {name: entries[: options.limit] for name, entries in read_benchmark(options.data).items()}
     digest = adapter_digest(folder.adapter)
@@ -113,7 +113,7 @@ def _result(settings: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> dict[
 
 
 def _stored_tasks(folder: LanguageFolder, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the tasks in `language.json` that were evaluated with the same settings."""
+    """Return the scores in `language.json` by task, or an empty dict if the file is missing or its settings differ."""
     if not (folder.path / RESULT_FILE).is_file():
         return {}
     stored = folder.read_json(RESULT_FILE)
@@ -121,7 +121,7 @@ def _stored_tasks(folder: LanguageFolder, settings: dict[str, Any]) -> dict[str,
 
 
 class _AnswerGenerator:
-    """Fine-tuned model that answers questions, with its tokenizer, template and decoding settings."""
+    """Fine-tuned model that answers questions, with its tokenizer, template, and decoding settings."""
 
     def __init__(self, run: LanguageFolder, options: EvaluateLanguageOptions) -> None:
         config = run.read_config()
@@ -144,7 +144,7 @@ class _AnswerGenerator:
             max_new_tokens=self.options.max_new_tokens,
             num_beams=self.options.beams,
             do_sample=False,
-            # the sampling settings of a model do not apply
+            # unset the model's sampling settings, which do not apply here
             temperature=None,
             top_p=None,
             top_k=None,
@@ -168,7 +168,7 @@ def _question(entry: Instruction) -> dict[str, str]:
 
 
 def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Compute the accuracy on a task, where an answer without a choice counts as wrong."""
+    """Compute the scores on a task. An answer without a choice counts as wrong."""
     correct = sum(row["right"] for row in rows)
     unanswered = sum(not row["predicted"] for row in rows)
     return {"accuracy": correct / len(rows), "right": correct, "questions": len(rows), "unanswered": unanswered}

@@ -75,7 +75,7 @@ def fine_tune(config: LanguageConfig, console: Console | None = None) -> Languag
         FileNotFoundError: If the data file does not exist, or the model's folder contains no model.
         ConnectionError: If the model is not a local folder and cannot be loaded from the hub or its cache.
         ValueError: If the data is invalid, settings conflict, or a resumed run's data or template has changed.
-        TrainingInterrupted: If the user interrupts the run. The message names the last checkpoint, if any.
+        TrainingInterrupted: If the run is interrupted. The message names the last checkpoint, if any.
         NonFiniteLossError: If the loss or gradient becomes infinite or NaN. The last checkpoint is kept.
         CheckpointError: If the disk is full, in which case the last checkpoint is kept, or if the resumed checkpoint is
             damaged.

@@ -229,7 +229,7 @@ def test_eight_bit_adam_resumes_bit_identically(settings, tmp_path, no_report):
     # bitsandbytes stores the state in 8 bits only for large matrices
     changes = dict(optimizer="adamw8bit", method="full", lr=1e-4, steps=3, samples=0)
     uninterrupted = personalize(settings(**changes))
-    assert metrics_of(uninterrupted.path)["optimizer"] == "8-bit AdamW of bitsandbytes"
+    assert metrics_of(uninterrupted.path)["optimizer"] == "8-bit AdamW (bitsandbytes)"
     with interrupted_at(1), pytest.raises(TrainingInterrupted, match="checkpoint-1"):
         personalize(settings(**changes, out=str(tmp_path / "cut")))
     run = personalize(DreamBoothConfig.from_flat(out=str(tmp_path / "cut"), resume=True))
