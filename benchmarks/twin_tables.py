@@ -3,7 +3,7 @@
 make twins                                          train the twins: many hours on two cores
 python benchmarks/twin_tables.py runs/twins         print the tables from the existing rows
 python benchmarks/twin_tables.py --save runs/twins  also write the rows to benchmarks/twins/complete.jsonl.xz
-python benchmarks/train_twins.py --restore          train only the runs that are missing in that file
+python benchmarks/train_twins.py --restore          train only the runs that are missing from that file
 """
 
 from __future__ import annotations

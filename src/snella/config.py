@@ -183,7 +183,7 @@ class SnellaConfig(PeftConfig):
         beta2: Decay of the moving average of the importance's uncertainty.
         min_layer_share: Minimum budget of each matrix, as a fraction of its uniform share. The paper uses 0.
         softmax_dim: 0 normalizes each column of the merged matrix over its outputs; 1, each row over its inputs.
-        center_softmax: Subtract the softmax's mean. Not in the paper.
+        center_softmax: If True, center the softmax by subtracting its mean. Not in the paper.
         cache_delta: Save the merged matrix (the effective weight with numba) for the backward pass instead of
             rebuilding it. In evaluation mode, also cache the effective weight of layers with a quantized base weight.
         recompute_inputs: Recompute an adapted layer's input in the backward pass instead of saving it. Applies to

@@ -55,10 +55,10 @@ def adapted_linear(
         temperature: 0-dim or `None`.
         num_pieces: `P`, the number of pieces per factor row.
         softmax_dim: 0 or 1.
-        center_softmax: If True, subtract the mean of the softmax.
+        center_softmax: If True, center the softmax by subtracting its mean over `softmax_dim`.
         scaling: Scaling factor of `S`.
-        mode: `"soft"` (eq. 13 of arXiv 2510.24037), `"official"` (with `quantile_threshold`), or `"none"` (`S = ΔW`),
-            which requires the budget `m·n`.
+        mode: `"soft"` (eq. 13 of arXiv 2510.24037), `"official"` (as in the authors' code, with `quantile_threshold`
+            instead of `keep_threshold`), or `"none"` (`S = ΔW`), which requires a budget of `m·n`.
         impl: `"eager"` (torch operations with a hand-written backward pass that rebuilds the update), `"numba"` (Numba
             kernels on the CPU), `"triton"` (Triton kernels on a CUDA device), `"auto"` (see `choose_backend`), or
             `"reference"` (torch operations with autograd).

@@ -121,8 +121,8 @@ class Kernel:
         num_pieces: `P`, the number of pieces per factor row in kernels with `piece_coeff`. It must divide `r`.
         softmax_dim: Axis of the softmax in `normalized_rbf` and `mix_k`. 0 normalizes each column over its `m` outputs,
             as the paper's text says (its eq. 6 differs). 1 normalizes each row over its `n` inputs.
-        center_softmax: If True, subtract the softmax's mean, so that the result sums to zero over `softmax_dim`. The
-            paper does not do this.
+        center_softmax: If True, center the softmax by subtracting its mean, so that the result sums to zero over
+            `softmax_dim`. The paper does not do this.
     """
 
     name: ClassVar[str]

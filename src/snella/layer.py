@@ -199,7 +199,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.register_load_state_dict_post_hook(seal_all_budgets)
         self._unmerged_weight: Tensor | None = None
         self._unmerged_quantized: tuple[LazyWeight, Any] | None = None
-        # the hooks of the base layer, for compiled graphs; the `BaseProjection` of an attention module has none
+        # the hooks of the base layer, for compiled graphs; the `ProjectionView` of an attention module has none
         self._base_hook_dicts = hook_dicts(base_layer) if isinstance(base_layer, nn.Module) else ()
         self.quantization = find_quantization(base_layer, module_name)
         shape = self._weight().shape

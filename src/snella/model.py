@@ -26,8 +26,8 @@ from snella._utils import has_suffix, listed
 from snella.budgets import budget_error, buffers_off_meta
 from snella.compat.attention import (
     AdaptedAttention,
-    BaseProjection,
     Projection,
+    ProjectionView,
     disable_fast_path,
     input_projections,
     is_adaptable,
@@ -455,7 +455,7 @@ class SnellaModel(BaseTuner):
     ) -> None:
         """Add an adapter to one projection of a wrapped attention module."""
         full_name = f"{attention_name}.{name}"
-        weight = BaseProjection(wrapper.base_layer, name).weight
+        weight = ProjectionView(wrapper.base_layer, name).weight
         reject_quantized_projection(weight, full_name)
         rows = count_rows(full_name, weight.shape[0], weight.shape[1], wrapper, peft_config.qkv_groups)
         is_new = wrapper.adapt(name, adapter_name, peft_config, rows, full_name)
@@ -714,7 +714,7 @@ def _shared_weights(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if ".base_layer." in f"{name}.":  # already included under the name of the adapted layer
             continue
-        parameters = {"weight": base.weight} if isinstance(base, BaseProjection) else base._parameters
+        parameters = {"weight": base.weight} if isinstance(base, ProjectionView) else base._parameters
         for parameter_name, parameter in parameters.items():
             if parameter is not None and "bias" not in parameter_name:
                 users.setdefault(id(parameter), []).append((name, base))

@@ -38,11 +38,12 @@ class AdaptedAttention(nn.Module):
     The pre-trained parameters remain in the attention module. Each adapted projection is a child of the wrapper:
     `out_proj`, and either `in_proj`, which stacks three matrices, or `q_proj`, `k_proj`, and `v_proj`.
 
-    In training mode, if gradients are required, or in a compiled graph, the wrapper applies the projections separately,
-    with scaled dot-product attention in between, so autograd need not save the effective weights for the backward pass.
-    Otherwise, the wrapper calls the `forward` of the attention module with the effective weights. This keeps the fast
-    path of `nn.MultiheadAttention`, and the outputs are bit-identical to those of the merged model. If weights cannot
-    be replaced for a call (FSDP1, a replaced `forward`), the wrapper always applies the projections separately.
+    The wrapper applies the projections separately, with scaled dot-product attention in between, in three cases: in
+    training mode, when gradients are required, and in a compiled graph. Autograd then need not save the effective
+    weights for the backward pass. Otherwise, the wrapper calls the `forward` of the attention module with the effective
+    weights. This keeps the fast path of `nn.MultiheadAttention`, and the outputs are bit-identical to those of the
+    merged model. If weights cannot be replaced for a call (FSDP1, a replaced `forward`), the wrapper always applies the
+    projections separately.
 
     Other attributes (`num_heads`, `batch_first`, …) are looked up in the attention module. A weight such as
     `in_proj_weight` includes the updates, because some models read it directly.
@@ -97,7 +98,7 @@ class AdaptedAttention(nn.Module):
         if existing is not None:
             existing.update_layer(adapter_name, config, row_counts)
             return False
-        base = cast(nn.Module, BaseProjection(self.base_layer, name))
+        base = cast(nn.Module, ProjectionView(self.base_layer, name))
         projection = Projection(base, adapter_name, config, row_counts, module_name=module_name)
         setattr(self, name, projection.train(self.training))
         return True
@@ -208,9 +209,9 @@ class AdaptedAttention(nn.Module):
         values = key_chunks[2] if value is key else project(value).chunk(3, dim=-1)[2]
         return [queries, key_chunks[1], values]
 
-    def _projection(self, name: str) -> Projection | BaseProjection:
+    def _projection(self, name: str) -> Projection | ProjectionView:
         """Return the projection with this name, adapted or not."""
-        return self.find_projection(name) or BaseProjection(self.base_layer, name)
+        return self.find_projection(name) or ProjectionView(self.base_layer, name)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -225,7 +226,7 @@ class AdaptedAttention(nn.Module):
         return self.base_layer
 
 
-class BaseProjection:
+class ProjectionView:
     """Linear-layer view of one projection of an attention module, with its current weight and bias.
 
     This class is not a module; otherwise, the state dict would contain the attention module again under each
@@ -273,12 +274,12 @@ class Projection(SnellaLayer):
     @property
     def parameter_name(self) -> str:
         """Name of the weight in the attention module."""
-        return cast(BaseProjection, self.base_layer).parameter_name
+        return cast(ProjectionView, self.base_layer).parameter_name
 
     @property
     def bias_name(self) -> str | None:
         """Name of the bias in the attention module, or `None`. All input projections share one bias."""
-        projection = cast(BaseProjection, self.base_layer)
+        projection = cast(ProjectionView, self.base_layer)
         if projection.bias is None:
             return None
         return "out_proj.bias" if projection.name == _OUTPUT else "in_proj_bias"
@@ -302,7 +303,7 @@ def input_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Return whether a module is an attention module that uses `nn.MultiheadAttention.forward`, adapted or not."""
+    """Return whether a module is an `AdaptedAttention`, or an `nn.MultiheadAttention` with the original `forward`."""
     if isinstance(module, AdaptedAttention):
         return True
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward

@@ -1,7 +1,7 @@
 """Figures and report sections: learning curves, confusion matrix, method comparison, calibration, and ranking.
 
-The drawing functions create a `matplotlib.figure.Figure` without using Matplotlib's global state. The functions
-`…_section` return the template variables of a section, which are None or empty if the run has no data for it.
+The drawing functions create a `matplotlib.figure.Figure` without using Matplotlib's global state. The `*_section`
+functions return the template variables of a section, which are None or empty if the run has no data for it.
 """
 
 from __future__ import annotations
@@ -354,7 +354,7 @@ def ranking_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] |
         svgs.append(inline_svg(figure, "roc", f"True positive against false positive rate, area {area:.3f}."))
     figure, precisions = precision_recall_curves(labels, scores, info.classes)
     drawn = "the classes with the lowest average precision" if len(precisions) > _MAX_CURVES else "each class"
-    svgs.append(inline_svg(figure, "precision-recall", f"Precision against recall of {drawn}."))
+    svgs.append(inline_svg(figure, "precision-recall", f"Precision against recall for {drawn}."))
     return {
         "split": predictions.split_name,
         "mean": float(np.mean(list(precisions.values()))),
@@ -364,7 +364,7 @@ def ranking_section(info: RunInfo, predictions: Predictions) -> dict[str, Any] |
 
 
 def reliability_curve(reliability: Reliability) -> Figure:
-    """Draw accuracy against confidence with and without temperature scaling. Dot areas grow with image counts."""
+    """Plot accuracy against confidence with and without temperature scaling. Dot areas grow with image counts."""
     figure, axes = new_figure(*_SQUARE, f"Reliability on {split_text(reliability.split)}")
     handles = [axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=DASHED)[0]]
     labels = ["perfectly calibrated"]
@@ -384,7 +384,7 @@ def reliability_curve(reliability: Reliability) -> Figure:
 
 
 def coverage_curve(predictions: Predictions, calibration: Calibration) -> Figure:
-    """Draw the accuracy of the most confident predictions against coverage, and mark any suggested threshold.
+    """Plot the accuracy of the most confident predictions against coverage, and mark any suggested threshold.
 
     Coverage is the fraction of images that are kept when the least confident predictions are dropped first.
     """
@@ -436,7 +436,7 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray, name: str) -> tuple[Figure
 def precision_recall_curves(
     labels: np.ndarray, scores: np.ndarray, classes: list[str]
 ) -> tuple[Figure, dict[str, float]]:
-    """Draw one-vs-rest precision against recall for each class.
+    """Plot one-vs-rest precision against recall for each class.
 
     Args:
         labels: `[images]`, class indices.

@@ -1,6 +1,6 @@
 """Self-contained HTML report of a run.
 
-The functions `…_section` return the template variables of one section. The template omits a section whose variables are
+The `*_section` functions return the template variables of one section. The template omits a section whose variables are
 None or empty. The budget of a matrix is the number of weights that its update may change; a matrix with budget 0 is
 frozen.
 """

@@ -1,6 +1,6 @@
 """Report sections for multi-label, regression, and segmentation targets.
 
-The functions `…_section` return None for runs of other tasks.
+The `*_section` functions return None for runs of other tasks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_curve
 
+from snella_app.console import counted
 from snella_app.records.predictions import LabelSetPredictions, MaskPredictions, NumberPredictions
 from snella_app.records.record import read_if_present
 from snella_app.records.results import LabelSetScores, MaskScores, RegressionScores
@@ -58,7 +59,7 @@ class Card:
 
 
 def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[str], scores: LabelSetScores) -> Figure:
-    """Draw precision against recall by label.
+    """Plot precision against recall for each label.
 
     The most frequent labels are colored, with a dot at the threshold of each. `scores` must come from the same split as
     `predictions`.
@@ -86,7 +87,7 @@ def precision_recall_curves(predictions: LabelSetPredictions, classes: Sequence[
 
 
 def true_and_predicted(predictions: NumberPredictions, target: int, name: str) -> Figure:
-    """Draw predicted against true values of a target for at most 2,000 images, with the identity line."""
+    """Plot predicted against true values of a target for at most 2,000 images, with the identity line."""
     truth, predicted = _number_arrays(predictions)
     num_points = min(len(truth), _MAX_POINTS)
     positions = np.linspace(0, len(truth) - 1, num_points)
@@ -104,7 +105,7 @@ def true_and_predicted(predictions: NumberPredictions, target: int, name: str) -
     return figure
 
 
-def residual_ranges(predictions: NumberPredictions, target: int, name: str) -> Figure:
+def errors_by_range(predictions: NumberPredictions, target: int, name: str) -> Figure:
     """Draw box plots of a target's errors, grouped by range of the true value (whiskers: 5th to 95th percentile)."""
     truth, predicted = (values[:, target] for values in _number_arrays(predictions))
     errors = predicted - truth
@@ -137,7 +138,7 @@ def label_set_verdict(scores: LabelSetScores, split: str) -> str:
     """Describe how the result compares with a random ranking."""
     present = [row for row in scores.per_class if row.support]
     if not present:
-        return f"No label occurs on the {scores.images:,} {split} images, so the average precision is undefined."
+        return f"No label occurs in the {scores.images:,} {split} images, so the average precision is undefined."
     shares = [row.support / scores.images for row in present]
     chance = sum(shares) / len(shares)
     text = (
@@ -151,7 +152,10 @@ def label_set_verdict(scores: LabelSetScores, split: str) -> str:
 
 
 def regression_verdict(scores: RegressionScores, split: str) -> str:
-    """Compare the result with predicting the training median, in words. The text is empty if there are no targets."""
+    """Describe how the result compares with always predicting the training median.
+
+    Return an empty string if there are no targets.
+    """
     sentences = []
     for row in scores.per_target:
         reduction = 1 - row.mae / row.baseline_mae if row.baseline_mae else math.nan
@@ -236,7 +240,8 @@ def labels_section(folder: Path, info: RunInfo, metrics: Metrics, images: ImageL
     split_scores = metrics.test if predictions.split == "test" else metrics.val
     if isinstance(split_scores, LabelSetScores):
         figure = precision_recall_curves(predictions, info.classes, split_scores)
-        description = f"Precision against recall of {len(info.classes)} labels on the {split_name} images"
+        num_present = len({c for item in predictions.items for c in item.labels})  # the others have no curve
+        description = f"Precision against recall for {counted(num_present, 'label')} on the {split_name} images"
         figures.append(inline_svg(figure, "precision-recall", f"{description}."))
     groups = label_cards(predictions, info.classes, images)
     return {**section, "figures": figures, "figure_split": split_name, "groups": groups}
@@ -258,7 +263,7 @@ def numbers_section(folder: Path, info: RunInfo, metrics: Metrics, images: Image
     split_name = predictions.split_name
     for target, name in enumerate(info.classes):
         scatter = true_and_predicted(predictions, target, name)
-        boxes = residual_ranges(predictions, target, name)
+        boxes = errors_by_range(predictions, target, name)
         points = min(len(predictions.items), _MAX_POINTS)
         description = f"Predicted against true {name} for {points} {split_name} images."
         figures.append(inline_svg(scatter, f"scatter-{target}", description))
@@ -310,19 +315,20 @@ def _groups(errors: np.ndarray, card: Any, note: str) -> list[dict[str, Any]]:
     order = np.argsort(-errors, kind="stable").tolist()
     worst, rest = order[:_SHOWN], order[_SHOWN:]
     others = rest
+    others_note = f"the {counted(len(rest), 'remaining image')}, worst first"
     if len(rest) > _SHOWN:
         others = [rest[i * len(rest) // _SHOWN] for i in range(_SHOWN)]
-    others_note = f"{len(others)} of the remaining images, evenly spaced from worst to best"
+        others_note = f"{len(others)} of the remaining images, evenly spaced from worst to best"
     return [
         {"title": "Worst", "note": f"{len(worst)} {note}", "cards": [card(row) for row in worst]},
         {"title": "Others", "note": others_note, "cards": [card(row) for row in others]},
     ]
 
 
-def _label_arrays(predictions: LabelSetPredictions, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def _label_arrays(predictions: LabelSetPredictions, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the probabilities and the binary labels, `[images, classes]` each."""
     probabilities = np.asarray([item.probabilities for item in predictions.items])
-    truth = np.zeros((len(predictions.items), classes))
+    truth = np.zeros((len(predictions.items), num_classes))
     for row, item in enumerate(predictions.items):
         truth[row, item.labels] = 1
     return probabilities, truth

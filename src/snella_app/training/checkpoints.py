@@ -34,7 +34,11 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 MANIFEST = "manifest.json"
 """Last file written to a checkpoint: the run's ID and the SHA-256 digests of all other files."""
 BEST = "best"
-"""Folder next to the checkpoints for the best epoch's weights, if `finish` saves the last epoch as the adapter."""
+"""Name of the folder that stores the best epoch's weights if `training/finish.py` saves the last epoch as the adapter.
+
+The folder is next to the checkpoints.
+"""
+_UNLISTED = f"files not listed in {MANIFEST}: "
 _PROGRESS_FILE = "progress.json"
 _DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
 """Environment variable from which Accelerate reads its device."""
@@ -74,7 +78,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints of a folder, highest step first."""
+    """List the checkpoints in a folder, highest step first."""
     if not folder.is_dir():
         return []
     steps = {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
@@ -85,23 +89,26 @@ def checkpoint_to_resume(run: BaseRunFolder[Any], console: Console) -> Path | No
     """Return the latest intact checkpoint and remove all others. Return None if there are no checkpoints.
 
     Raises:
-        CheckpointError: If all checkpoints are damaged. The message states the damage to the latest and the remedies.
+        CheckpointError: If all checkpoints are damaged. The message describes the damage to the latest checkpoint and
+            how to recover.
     """
-    damaged: list[str] = []
+    damaged: dict[Path, str] = {}
     run_id = run.id
     for checkpoint in _checkpoints(run.checkpoints):
         damage = find_damage(checkpoint, run_id)
         if not damage:
-            for description in damaged:
-                print_line(console, f"note: removed the damaged {description}")
             prune_checkpoints(run.checkpoints, checkpoint)
+            for removed, description in damaged.items():
+                print_line(console, f"note: removed the damaged checkpoint {removed}: {description}")
             print_line(console, f"resuming from {checkpoint}")
             return checkpoint
-        damaged.append(f"{checkpoint}: {damage}")
+        damaged[checkpoint] = damage
     if damaged:
+        latest, damage = next(iter(damaged.items()))
+        repair = "remove these files and run again with --resume, " if damage.startswith(_UNLISTED) else ""
         raise CheckpointError(
-            f"the checkpoint is damaged: {damaged[0]}; start over with --overwrite, or remove {run.checkpoints} and "
-            "run again with --resume, which restarts from the first epoch"
+            f"the checkpoint is damaged: {latest}: {damage}; {repair}start over with --overwrite, or remove "
+            f"{run.checkpoints} and run again with --resume, which restarts from the first epoch"
         )
     prune_checkpoints(run.checkpoints)
     return None
@@ -131,7 +138,7 @@ def find_damage(checkpoint: Path, run_id: str | None) -> str:
     if altered:
         return f"files modified or truncated after writing: {', '.join(altered)}"
     unlisted = [name for name in _files_of(checkpoint) if name not in (*digests, MANIFEST)]
-    return f"files not listed in {MANIFEST}: {', '.join(unlisted)}; remove them" if unlisted else ""
+    return f"{_UNLISTED}{', '.join(unlisted)}" if unlisted else ""
 
 
 def _files_of(checkpoint: Path) -> list[str]:
@@ -195,7 +202,8 @@ def stage_checkpoint(run: BaseRunFolder[Any], name: str) -> Iterator[Path]:
     staging = run.checkpoints / f".staging-{name}"
     staged = staging / name
     try:
-        with convert_write_errors(target):  # its message states the free space before the removal
+        # inside `try`, so that the error reports the free space before the staging folder is removed
+        with convert_write_errors(target):
             shutil.rmtree(staging, ignore_errors=True)
             staged.mkdir(parents=True)
             yield staging
@@ -213,7 +221,8 @@ def convert_write_errors(target: Path) -> Iterator[None]:
     """Convert a failed write of a checkpoint or adapter inside the context to `CheckpointError`.
 
     Raises:
-        CheckpointError: If writing fails. The message states the free space and the previous checkpoint or adapter.
+        CheckpointError: If writing fails. The message reports the free space and names the previous checkpoint or
+            adapter, if any.
     """
     try:
         yield
@@ -257,20 +266,21 @@ class CheckpointingTrainer(Trainer):
 
     Differences from transformers' Trainer:
     - A checkpoint contains no frozen weights and is published atomically.
-    - A non-finite loss or gradient ends the run before it changes the weights. In fp16, however, a non-finite gradient
-      only skips the step.
+    - A non-finite loss or gradient ends the run before it changes the weights. In fp16, however, a step with a
+      non-finite gradient is merely skipped.
     - Elapsed time includes the time before an interruption.
 
     Args:
-        trained: Model with the trained weights, from `build_method` or a recipe of `snella_lab`.
+        trained: Model that holds the weights to train, built by `build_method` or, for the recipes of `snella_lab`, by
+            `adapt_headless`.
         run: Run folder for checkpoints.
         **options: Options of transformers' Trainer; `model` defaults to `trained`.
 
     Attributes:
         last_loss: Loss of the latest micro-batch, divided by the number of accumulation steps and averaged over
             processes.
-        session_start: `time.monotonic()` at the start of this session. Set it to an earlier time to include the
-            preparation.
+        session_start: `time.monotonic()` at the start of this session. Set it to an earlier time to count the setup
+            before training toward `elapsed_s`.
     """
 
     def __init__(self, trained: nn.Module, run: BaseRunFolder[Any], **options: Any) -> None:
@@ -292,7 +302,7 @@ class CheckpointingTrainer(Trainer):
         """Run the forward and backward pass of one batch.
 
         Raises:
-            NonFiniteLossError: If the loss is not finite; the step is discarded.
+            Exception: The error that `_not_finite` builds, if the loss is not finite. The weights are unchanged.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         value = mean_across_processes(loss.item())
@@ -309,14 +319,14 @@ class CheckpointingTrainer(Trainer):
         return norm
 
     def _not_finite(self, what: str, value: float) -> Exception:
-        """Build the error, which states the step, the last saved state, and the remedy. Subclasses implement this."""
+        """Build the error, which reports the step, the last saved state, and the remedy. Subclasses implement this."""
         raise NotImplementedError
 
     def store_flos(self) -> None:
         """Do nothing: FLOPs are not tracked, and the base class would gather them from all processes."""
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Return the staging folder while a checkpoint is being written, or else the folder of the checkpoints."""
+        """Return the staging folder while a checkpoint is being written, and the checkpoints folder otherwise."""
         return str(self._staging or self.run_folder.checkpoints)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -395,8 +405,8 @@ def base_training_arguments(
 def _accelerate_device(device: torch.device) -> Iterator[None]:
     """Make Accelerate use a device, e.g. `cuda:1`, inside the context.
 
-    This has no effect for the CPU or in several processes, for which Accelerate itself selects the devices. A device
-    that is already set in the environment takes precedence.
+    This has no effect on the CPU or with several processes; Accelerate then selects the devices itself. A device that
+    is already set in the environment takes precedence.
     """
     if device.type == "cpu" or process_count() > 1 or _DEVICE_VARIABLE in os.environ:
         yield

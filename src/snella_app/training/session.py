@@ -228,7 +228,7 @@ def record_status(run: BaseRunFolder[Any], command: str, *, has_dataset: bool = 
         has_dataset: True if the data is a dataset object, which a command cannot load.
 
     Raises:
-        TrainingInterrupted: If the body is interrupted. The message states the last checkpoint, if any, and the remedy.
+        TrainingInterrupted: If the body is interrupted. The message names the last checkpoint, if any, and the remedy.
         Exception: Errors of the body. A data loader worker's error is raised without the worker's traceback.
     """
     try:

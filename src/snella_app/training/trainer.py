@@ -470,7 +470,7 @@ class SnellaTrainer(CheckpointingTrainer):
         return values
 
     def _not_finite(self, what: str, value: float) -> NonFiniteLossError:
-        """Build the error, which states the step, the last saved state, and the remedy."""
+        """Build the error, which reports the step, the last saved state, and the remedy."""
         is_in_step = what in ("the loss", "the gradient")  # otherwise, the loss of an evaluation
         step = self.state.global_step + (1 if is_in_step else 0)
         steps_per_epoch = max(1, self.state.max_steps // max(1, int(self.state.num_train_epochs)))

@@ -39,7 +39,7 @@ from snella_app.runs.model import LoadedRun, load_run, make_backbone
 from snella_app.runs.predict import Predictor
 from snella_app.training.linear_probe import base_and_head
 from snella_lab.analysis.plot import Plot, Row, run_labels
-from snella_lab.comparison.experiment import PROBE, DataEntry, data_entry
+from snella_lab.comparison.experiment import LINEAR_PROBE, DataEntry, data_entry
 from snella_lab.comparison.experiment_files import bundled_experiments, read_experiment
 from snella_lab.comparison.run_cell import head_inputs
 from snella_lab.style import style_of
@@ -77,7 +77,7 @@ def samples(sources: Sequence[str], *, limit: int = 6, seed: int = 0) -> list[Pl
     for source in map(str, sources):
         if source in bundled_experiments() or source.endswith((".yaml", ".yml")):
             experiment = read_experiment(source)
-            datasets += [(entry, experiment.config(PROBE, entry).data) for entry in experiment.data]
+            datasets += [(entry, experiment.config(LINEAR_PROBE, entry).data) for entry in experiment.data]
         else:
             datasets.append((data_entry(source), DataConfig(spec=source)))
     groups = list(dict.fromkeys(entry.group for entry, _ in datasets))

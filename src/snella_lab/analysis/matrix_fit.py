@@ -437,7 +437,7 @@ def _draw_curves(rows: Sequence[Row]) -> Figure:
 
 
 def _draw_errors(rows: Sequence[Row]) -> Figure:
-    """Draw the mean error versus rank, with standard deviations."""
+    """Plot the mean error versus rank, with standard deviations."""
     figure, axes = new_figure(560, 380, "Fit error of random matrices")
     lines, kernels = _plot_kernels(axes, rows, "rank", "mse")
     for line, points in zip(lines, grouped(rows, "kernel").values(), strict=True):
@@ -454,7 +454,7 @@ def _draw_errors(rows: Sequence[Row]) -> Figure:
 
 
 def _draw_gradients(rows: Sequence[Row]) -> Figure:
-    """Draw the gradient norm versus step."""
+    """Plot the gradient norm versus step."""
     figure, axes = new_figure(560, 380, "Gradient norm of the factors")
     # a log scale cannot show 0
     nonzero_rows = [{**row, "gradient_norm": row["gradient_norm"] or math.nan} for row in rows]

@@ -66,7 +66,7 @@ def is_step_time(row: dict[str, Any]) -> bool:
 
 
 def draw_figures(rows_file: str | Path, folder: str | Path) -> list[Path]:
-    """Draw step time versus batch size and memory versus model size as SVG, and return the paths.
+    """Plot step time versus batch size and memory versus model size as SVG, and return the paths.
 
     For each method and setting, only the row with the most rounds on the latest day is drawn. A time figure needs at
     least two batch sizes, and a memory figure needs at least two models.
@@ -116,7 +116,7 @@ def grouped(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], li
 
 
 def _draw_lines(path: Path, rows: list[dict[str, Any]], x: str, y: str, title: str, x_label: str, y_label: str) -> Path:
-    """Draw the field `y` versus the field `x` with one line per method, and return the path."""
+    """Plot the field `y` versus the field `x` with one line per method, and return the path."""
     figure, axes = new_figure(*FIGURE_SIZE, title)
     names = sorted({row["method"] for row in rows}, key=sort_key)
     other_names = [name for name in names if name not in _ORDER]

@@ -89,7 +89,7 @@ class Cell:
 def tuned_settings(defaults: TrainConfig, candidate: Candidate) -> dict[str, float]:
     """Return `lr`, `head_lr`, and `weight_decay` of a candidate, given the method's default settings.
 
-    The candidate's factor scales `lr` and, for methods that train only the head, also `head_lr`.
+    The candidate's factor scales `lr` and, for methods that train only the head, `head_lr` as well.
     """
     optim = defaults.optim
     lr = optim.lr or 0.0

@@ -36,7 +36,15 @@ from snella_app.training.distributed import require_single_process
 from snella_app.training.session import TrainingInterrupted
 from snella_lab.comparison.cells import Cell, Plan, units
 from snella_lab.comparison.executors import Executor, InProcesses, InThisProcess, OnRay, import_ray
-from snella_lab.comparison.experiment import FILE, PROBE, SHARED_SETTINGS, DataEntry, Experiment, Grid, MethodEntry
+from snella_lab.comparison.experiment import (
+    FILE,
+    LINEAR_PROBE,
+    SHARED_SETTINGS,
+    DataEntry,
+    Experiment,
+    Grid,
+    MethodEntry,
+)
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.progress import ComparisonProgress
@@ -51,13 +59,13 @@ from snella_lab.comparison.summary import FRACTIONS, cost_texts, print_summary, 
 
 
 class CellsFailedError(RuntimeError):
-    """Failure of one or more runs of a comparison."""
+    """Raised if runs of a comparison failed, or if another process is training a run that `choose_method` needs."""
 
     exit_status = 1
 
 
 _POLL_S = 2.0
-"""Maximum time in seconds between checks of the time limit and of runs that other processes have finished."""
+"""Maximum time in seconds between checks for overdue runs and for runs that other processes have finished."""
 
 
 def compare(
@@ -159,7 +167,7 @@ def _write_reports(root: Path, experiment: Experiment, rows: Rows, console: Cons
 
 
 def validate_inputs(experiment: Experiment, console: Console, checks_device: bool = True) -> None:
-    """Validate the data, the device, and the backbone before training, and print a description of each task's data.
+    """Validate the data, the device, and the backbone before training, and print a description of each data entry.
 
     Pass `checks_device=False` if only the machines of a cluster have the device.
 
@@ -182,7 +190,7 @@ def validate_inputs(experiment: Experiment, console: Console, checks_device: boo
             probe_images(str(probe), experiment.forgetting_images)
         except (OSError, ValueError, ImportError) as error:
             errors.append(str(error) if str(error).startswith("forgetting") else f"forgetting: {error}")
-    config = experiment.config(PROBE, experiment.data[0])
+    config = experiment.config(LINEAR_PROBE, experiment.data[0])
     model = config.model
     options: dict[str, Any] = {"weights": model.weights, "pretrained": model.pretrained, "img_size": model.img_size}
     build = partial(create_backbone, experiment.backbone, num_classes=2, **options)
@@ -197,8 +205,8 @@ def validate_inputs(experiment: Experiment, console: Console, checks_device: boo
 
 
 def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> None:
-    """Validate the splits of one task, and print their description."""
-    cell = Cell(data, PROBE, 0, Candidate(), is_final=True)
+    """Validate the splits of one data entry, and print their description."""
+    cell = Cell(data, LINEAR_PROBE, 0, Candidate(), is_final=True)
     config = cell.config(experiment, "-")
     splits = load_splits(config.data, config.run.seed)
     batch_size = config.optim.batch_size
@@ -247,29 +255,32 @@ def _store(root: Path, experiment: Experiment) -> Experiment:
 
 
 def _print_additional_entries(requested: Experiment, merged: Experiment, console: Console) -> None:
-    """Print the methods, tasks, and seeds that come only from the stored experiment, because they are trained, too."""
-    additions = []
+    """Print the methods, data entries, and seeds that only the stored experiment has, because they are also trained."""
+    additions: list[str] = []
     for kind in ("methods", "data"):
         requested_names = [entry.name for entry in getattr(requested, kind)]
         other_names = [entry.name for entry in getattr(merged, kind) if entry.name not in requested_names]
         if other_names:
             additions.append(f"{kind} {', '.join(other_names)}")
-    if merged.seeds > requested.seeds:
-        additions.append(f"{merged.seeds} seeds instead of {requested.seeds}")
+    clauses: list[str] = []
     if additions:
-        print_line(console, f"note: the folder's experiment also contains {'; '.join(additions)}")
+        clauses.append(f"also contains {' and '.join(additions)}")
+    if merged.seeds > requested.seeds:
+        clauses.append(f"uses {counted(merged.seeds, 'seed')} instead of {requested.seeds}")
+    if clauses:
+        print_line(console, f"note: the folder's experiment {'; it '.join(clauses)}")
 
 
 _CHOICE_SEEDS = 2
 _CHOICE_EPOCHS = 5
 _CHOICE_IMAGES = 400
-CHOICE_FOLDER = "-choice"
+CHOICE_SUFFIX = "-choice"
 """Suffix of the folder that stores a run's method selection."""
 _CHOICE_COSTS = ("accelerator_memory_max", "training_mib", "train_time")
 
 
 def choose_method(config: TrainConfig, console: Console | None = None) -> TrainConfig:
-    """Replace method auto with the winner of a small comparison on validation images.
+    """Replace the method `auto` with the winner of a small comparison on validation images.
 
     The comparison trains linear, bias, lora-8, and snella-matched at their default `lr` with two seeds, for at most 5
     epochs on at most 400 training images, each run in a separate process. Test images are never used. Among the
@@ -278,7 +289,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     resumes from them. With `resume`, a run that has already started keeps its method.
 
     Args:
-        config: Settings of a new or resumed run, with method auto.
+        config: Settings of a new or resumed run whose method is `auto`.
         console: Output console, by default stdout.
 
     Raises:
@@ -296,7 +307,7 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     stored_method = run.resolve_settings(config.replace(method=CHOICE_METHODS[0])).method.name
     if config.run.resume and stored_method != AUTO_METHOD and run.status is not None:
         return config.replace(method=stored_method)
-    root = Path(f"{str(config.run.out).rstrip('/')}{CHOICE_FOLDER}")
+    root = Path(f"{str(config.run.out).rstrip('/')}{CHOICE_SUFFIX}")
     experiment = _choice_experiment(config)
     validate_inputs(experiment, console)
     if config.run.overwrite and (root / FILE).is_file() and read_experiment(str(root / FILE)).name == experiment.name:

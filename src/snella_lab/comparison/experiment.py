@@ -129,7 +129,7 @@ class MethodEntry:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-PROBE = MethodEntry(PROBE_METHOD, PROBE_METHOD)
+LINEAR_PROBE = MethodEntry(PROBE_METHOD, PROBE_METHOD)
 """Linear probe with default settings, used to validate the data and the backbone."""
 
 
@@ -542,7 +542,7 @@ class Experiment:
         This checks every method and every task without resolving the settings of all pairs.
         """
         pairs = [(method, data) for method in self.methods for data in self.data[:1]]
-        pairs += [(PROBE, data) for data in self.data[1:]]
+        pairs += [(LINEAR_PROBE, data) for data in self.data[1:]]
         errors = []
         for method, data in pairs:
             try:

@@ -110,7 +110,7 @@ def test_the_multilabel_page_has_all_scores(runs):
     page = (folder / "report.html").read_text()
     for row in scores["per_class"]:
         assert percent_text(row["threshold"]) in page and percent_text(row["average_precision"]) in page
-    assert 'aria-label="Precision against recall of 3 labels on the validation images' in page
+    assert 'aria-label="Precision against recall for 3 labels on the validation images' in page
     assert 'id="confusion"' not in page
     table = page.partition('aria-label="Table of labels"')[2].partition("</section>")[0]
     assert "scroll sideways" in table  # the last columns are off a phone's screen
@@ -118,7 +118,7 @@ def test_the_multilabel_page_has_all_scores(runs):
 
 def test_a_split_without_any_label_has_no_average_precision():
     scores = LabelSetScores(float("nan"), 0.0, images=20, per_class=[LabelScores("sand"), LabelScores("sea")])
-    expected = "No label occurs on the 20 test images, so the average precision is undefined."
+    expected = "No label occurs in the 20 test images, so the average precision is undefined."
     assert label_set_verdict(scores, "test") == expected
 
 

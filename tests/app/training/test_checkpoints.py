@@ -52,7 +52,7 @@ def test_a_checkpoint_of_another_run_is_rejected_or_skipped(run, tmp_path, conso
         checkpoint_to_resume(run, console)
     expected = checkpoint(run, "checkpoint-4")
     assert checkpoint_to_resume(run, console) == expected and not foreign.exists()
-    assert f"note: removed the damaged {foreign}: it belongs to another run" in console.file.getvalue()
+    assert f"note: removed the damaged checkpoint {foreign}: it belongs to another run" in console.file.getvalue()
 
 
 def test_a_checkpoint_without_a_run_id_is_rejected(run):
@@ -62,12 +62,15 @@ def test_a_checkpoint_without_a_run_id_is_rejected(run):
     assert find_damage(path, run.id) == f"it belongs to another run (None; this run is {run.id})"
 
 
-def test_an_unlisted_file_is_rejected_before_loading(run, tmp_path):
+def test_an_unlisted_file_is_rejected_before_loading(run, tmp_path, console):
     path = checkpoint(run, "checkpoint-1")
     (path / ".DS_Store").write_text("written by the file manager")
     assert find_damage(path, run.id) == ""
     (path / "scaler.pt").write_text("x")
-    assert find_damage(path, run.id) == "files not listed in manifest.json: scaler.pt; remove them"
+    assert find_damage(path, run.id) == "files not listed in manifest.json: scaler.pt"
+    message = r"manifest.json: scaler.pt; remove these files and run again with --resume, start over with"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint_to_resume(run, console)
     (path / "scaler.pt").unlink()
     (path / "scaler.pt").symlink_to(tmp_path / "nowhere")
     assert "manifest.json: scaler.pt" in find_damage(path, run.id)

@@ -297,7 +297,7 @@ def test_an_altered_checkpoint_is_reported_with_remedies(settings, console, unin
     (checkpoint / "optimizer.pt").write_bytes(flipped((checkpoint / "optimizer.pt").read_bytes()))
     note = io.StringIO()
     assert checkpoint_to_resume(RunFolder(config.run.out), Console(file=note, width=400)) == older
-    expected = "note: removed the damaged .*checkpoint-12: files modified or truncated after writing: optimizer.pt"
+    expected = "note: removed the damaged checkpoint .*-12: files modified or truncated after writing: optimizer.pt"
     assert re.search(expected, note.getvalue())
     shutil.rmtree(older)
     assert is_bit_identical(outcome(resume(config)[0]), uninterrupted)
