@@ -237,6 +237,19 @@ def test_summary_of_equal_time_in_the_notes_matches_the_measurements(folders, mi
     assert f"| {name} | {minutes} | {text}, p = {_p_text(gap.p)} | {count} | {' | '.join(cells)} |\n" in _notes()
 
 
+def test_table_of_other_tools_in_ten_minutes_matches_the_measurements():
+    rows = [row for row in read_rows(_FOLDER / "rows.jsonl") if row["date"] >= "2026-11-30T04:00"]
+    rows = _module("table").last_runs([row for row in rows if row["minutes"] == 10 and row["pixels"] == 70])
+    by_run = {(row["product"], row["folder"]): row for row in rows}
+    table = _notes().partition("| test accuracy (seconds) |")[2].partition("\n\n")[0]
+    folders = re.findall(r"\w+", table.splitlines()[0])
+    names = {"transformers": "transformers", "timm": "timm", "autogluon": "AutoGluon", "lightly": "lightly-train"}
+    for product, name in {**_NAMES, **names}.items():
+        found = [by_run.get((product, folder)) for folder in folders]
+        cells = ["–" if row is None else f"{100 * row['accuracy']:.1f} ({row['seconds']:.0f})" for row in found]
+        assert f"| {name} | {' | '.join(cells)} |" in table
+
+
 @pytest.mark.parametrize("minutes", [1, 3, 10])
 def test_leads_in_the_readme_match_the_measurements(minutes):
     readme = " ".join((_FOLDER.parents[1] / "README.md").read_text().split())
