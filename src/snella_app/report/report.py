@@ -222,7 +222,7 @@ def _most_frequent(scores: Scores) -> tuple[int, float]:
 
 
 def verdict_text(info: RunInfo, metrics: Metrics) -> str:
-    """Compare the result with a baseline, in words. The text is empty for segmentation or if there are no scores."""
+    """Describe the result relative to a baseline. The text is empty for segmentation or if there are no scores."""
     split, scores = metrics.measured
     if isinstance(scores, LabelSetScores):
         return targets.label_set_verdict(scores, split)

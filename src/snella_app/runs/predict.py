@@ -348,7 +348,7 @@ def _head(loaded: LoadedRun) -> tuple[nn.Module, int | None]:
     trained_head = base_model(loaded.model).get_submodule(spec_of(loaded.model).head)
     if loaded.probe is None:
         return trained_head, None
-    # the inputs of the final head start with the pooled features, which are the input of the trained head
+    # the pooled features, the input of the trained head, are the first inputs of the final head
     layers = [module for module in trained_head.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     widths = [layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels for layer in layers]
     return loaded.probe.head, next(iter(widths), None)

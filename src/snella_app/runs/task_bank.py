@@ -155,8 +155,9 @@ class TaskBank:
         self._check_key(run, bank_key)
         shared_model = self._model
         base = make_backbone(backbone, loaded.task.name) if shared_model is None else shared_model
-        base = base.to(self._device).eval()
-        tensors = base.state_dict(keep_vars=True)
+        with self._lock:  # while another thread predicts, the model has the weights of a task
+            base = base.to(self._device).eval()
+            tensors = base.state_dict(keep_vars=True)
         updates = _collect_updates(loaded.model.to(self._device))
         for key, update in updates.items():
             if key not in tensors or not torch.equal(update.base, tensors[key]):

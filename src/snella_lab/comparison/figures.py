@@ -210,8 +210,9 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
         axes.xaxis.set_major_locator(MaxNLocator(5))
     if summary.is_fraction:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _percentage_points(v)))
-    unit = " (percentage points)" if summary.is_fraction else ""
-    axes.set_xlabel(f"difference in test {summary.measure}{unit}")
+    unit = "(percentage points)" if summary.is_fraction else ""
+    separator = " " if width >= 600 else "\n"
+    axes.set_xlabel(f"difference in test {summary.measure}{separator}{unit}".rstrip())
     return figure
 
 

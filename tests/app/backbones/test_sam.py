@@ -236,7 +236,9 @@ def test_inconsistent_sizes_are_rejected(sam):
 
 def test_an_unknown_network_error_lists_its_tensors(tmp_path):
     torch.save({"blocks.0.weight": torch.zeros(2)}, tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match=r"not a SAM: image_encoder\.patch_embed .* got blocks\.0\.weight"):
+    with pytest.raises(
+        ValueError, match=r"not those of a SAM: expected image_encoder\.patch_embed .* got blocks\.0\.weight"
+    ):
         load_sam(tmp_path / "vit.pth")
 
 

@@ -139,7 +139,7 @@ def test_damaged_files_are_reported(tmp_path):
         run.read_json("metrics.json")
     (run.path / "config.yaml").write_text("epoch: 3\n")
     with pytest.raises(
-        ValueError, match=r"config.yaml was altered after it was written: the run was started with other"
+        ValueError, match=r"config.yaml was altered after it was written: the run was started with different"
     ):
         run.read_config()
     (run.path / "run.json").unlink()

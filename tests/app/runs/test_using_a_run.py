@@ -105,7 +105,7 @@ def test_an_invalid_output_is_rejected(tmp_path):
     with pytest.raises(FileExistsError, match=r"out=.*p\.csv exists; .* with --overwrite \(overwrite=True\)"):
         write_predictions([], tmp_path / "p.csv")
     assert (tmp_path / "p.csv").read_text() == "mine"
-    with pytest.raises(ValueError, match=rf"out must be a file, got the folder '.*{tmp_path.name}'; write .*p\.csv"):
+    with pytest.raises(ValueError, match=rf"out must be a file, got the folder '.*{tmp_path.name}'; use .*p\.csv"):
         write_predictions([], tmp_path)
     with pytest.raises(
         ValueError, match="top_k must be at least 1, got 0; omit it for the default, or set --top-k all"

