@@ -157,8 +157,7 @@ class Conv2dOp:
         if self.padding == "valid":
             return (0, 0)
         if isinstance(self.padding, str):
-            pairs = zip(self.dilation, weight_shape[2:], strict=True)
-            totals = [dilation * (kernel_size - 1) for dilation, kernel_size in pairs]
+            totals = same_padding_totals(weight_shape[2:], self.dilation)
             if any(total % 2 for total in totals):
                 raise NotImplementedError(
                     "padding='same' requires an odd kernel size or an even dilation, got "
@@ -167,6 +166,11 @@ class Conv2dOp:
                 )
             return (totals[0] // 2, totals[1] // 2)
         return self.padding
+
+
+def same_padding_totals(kernel_size: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Return the padding that `padding="same"` adds to each axis in pixels, summed over both ends of the axis."""
+    return [step * (size - 1) for step, size in zip(dilation, kernel_size, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from snella._utils import longest_suffix
 from snella.compat.attention import AdaptedAttention, is_adaptable
 from snella.compat.quantization import find_quantization
 from snella.layer import Conv2d, Linear, SnellaLayer
-from snella.ops import orient
+from snella.ops import orient, same_padding_totals
 
 # names of heads among a model's direct children
 _HEAD_NAMES = {"head", "heads", "head_dist", "classifier", "score", "fc", "lm_head", "qa_outputs", "proj_out"}
@@ -92,8 +92,8 @@ def plain_convolution_names(model: nn.Module) -> list[str]:
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if not isinstance(base, nn.Conv2d) or base is stem or base.groups > 1 or _overridden_methods(base):
             continue
-        total_padding = [step * (size - 1) for step, size in zip(base.dilation, base.kernel_size, strict=True)]
-        is_asymmetric = base.padding == "same" and any(total % 2 for total in total_padding)
+        totals = same_padding_totals(base.kernel_size, base.dilation)
+        is_asymmetric = base.padding == "same" and any(total % 2 for total in totals)
         if not is_asymmetric:  # adapted convolutions do not support asymmetric padding
             names.append(name)
     return names

@@ -167,8 +167,8 @@ def lr_curve(trials: Rows) -> list[tuple[float, float | None]]:
 def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | None:
     """Plot the paired differences from the reference with their intervals, over all tasks and, optionally, by task.
 
-    Figures narrower than 600 pixels shorten names to fewer characters. Returns None if no method can be
-    compared with the reference.
+    Figures narrower than 600 pixels shorten names to fewer characters. Returns None if no method can be compared
+    with the reference.
     """
     longest = 30 if width >= 600 else 16
     lines: list[tuple[str, Any, bool]] = []
@@ -210,9 +210,10 @@ def forest(summary: Summary, with_tasks: bool, width: int = 640) -> Figure | Non
         axes.xaxis.set_major_locator(MaxNLocator(5))
     if summary.is_fraction:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _percentage_points(v)))
-    unit = "(percentage points)" if summary.is_fraction else ""
-    separator = " " if width >= 600 else "\n"
-    axes.set_xlabel(f"difference in test {summary.measure}{separator}{unit}".rstrip())
+    label = f"difference in test {summary.measure}"
+    if summary.is_fraction:
+        label += " (percentage points)" if width >= 600 else "\n(percentage points)"
+    axes.set_xlabel(label)
     return figure
 
 

@@ -101,7 +101,7 @@ def test_all_errors_are_reported_in_one_message(kitti):
     with pytest.raises(ValueError) as caught:
         load_data(f"vtab:{kitti}", DataConfig(strict_sizes=False))
     for part in (
-        "val200.txt must have lines such as 'images/test/000000.jpg 3'; malformed lines (2): line 6 is 'x.jpg --1'",
+        "val200.txt must have lines such as 'images/test/000000.jpg 3'; malformed lines (2): line 6 is 'x.jpg --1', l",
         "2 of 8 files listed in test do not exist in",
         "images/test/000003.jpg, images/test/000004.jpg",
         "labels must be in 0 … 3; train800 has 7",

@@ -127,7 +127,8 @@ def test_same_padding_of_even_kernel_raises_before_computation(impl):
     layer = make_layer(3, 5, (2, 3), {}, (6, 6))
     layer = replace(layer, product=Conv2dOp(padding="same"))
     with pytest.raises(
-        NotImplementedError, match=r"an even dilation, got kernel_size=\[2, 3\] with dilation=\[1, 1\]; pad"
+        NotImplementedError,
+        match=r"an odd kernel size or an even dilation, got kernel_size=\[2, 3\] with dilation=\[1, 1\]; pad",
     ):
         layer.forward(layer.tensors, impl)
 

@@ -149,16 +149,19 @@ def test_other_images_are_not_overwritten(runs, tmp_path):
     out = tmp_path / "out"
     generate(generation(runs / "toy", out))
     with pytest.raises(
-        FileExistsError, match=r"images generated with different settings and different prompts or seeds; choose"
+        FileExistsError,
+        match=r"out=.*out contains images generated with different settings and different prompts or seeds; ch",
     ):
         generate(generation(runs / "toy", out, "sks sks", steps=2))
     with pytest.raises(
-        FileExistsError, match="contains images generated with a different pipeline or adapter; choose another"
+        FileExistsError,
+        match="contains images generated with a different pipeline or adapter; choose another folder",
     ):
         generate(generation(runs / "toy2", out))
     pipeline = shutil.copytree(DreamBoothFolder(runs / "toy").read_config().pipeline, tmp_path / "pipeline")
     with pytest.raises(
-        FileExistsError, match="contains images generated with a different pipeline or adapter; choose another"
+        FileExistsError,
+        match="contains images generated with a different pipeline or adapter; choose another folder",
     ):
         generate(generation(runs / "toy", out, pipeline=str(pipeline)))
     (out / "best.png").write_bytes(b"mine")
@@ -180,7 +183,8 @@ def test_invalid_numbers_and_folders_are_rejected(tmp_path):
         generation("run", "out", images_per_prompt=0, steps=0)
     with pytest.raises(ValueError, match="images_per_prompt must be at least 1, got -1"):
         evaluation("runs", "clip", "dino", images_per_prompt=-1)
-    with pytest.raises(FileNotFoundError, match=r"created by `snella dreambooth`, or a folder of such runs, got"):
+    message = r"run must be a run folder created by `snella dreambooth`, or a folder of such runs, got"
+    with pytest.raises(FileNotFoundError, match=message):
         find_runs(tmp_path)
     with pytest.raises(ValueError, match="guidance must be at least 0 and finite, got -1"):
         generation("run", "out", guidance=-1)
@@ -190,7 +194,8 @@ def test_invalid_numbers_and_folders_are_rejected(tmp_path):
         lambda: generate(generation(tmp_path, tmp_path / "out")),
         lambda: evaluate_generation(evaluation(tmp_path, "clip", "dino")),
     ):
-        with pytest.raises(ValueError, match=r"folder created by `snella dreambooth`, got .*, a run of another task"):
+        message = r"must be a run folder created by `snella dreambooth`, got .*, a run of another task"
+        with pytest.raises(ValueError, match=message):
             call()
 
 

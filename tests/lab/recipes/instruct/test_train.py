@@ -173,12 +173,14 @@ def test_a_changed_template_is_rejected(settings, data, tmp_path, monkeypatch):
         patch.setattr(RecipeTrainer, "training_step", stop)
         fine_tune(config)
     template.write_text("{instruction} \n")
-    with pytest.raises(ValueError, match=r"template must be the file that .* was started with, but the content of"):
+    message = r"template must be the file that .* was started with, but the content of .* has changed"
+    with pytest.raises(ValueError, match=message):
         fine_tune(settings(template=str(template), resume=True))
     template.write_text("{instruction}\n")
     run = fine_tune(settings(template=str(template), resume=True))
     template.write_text("{instruction} \n")
-    with pytest.raises(ValueError, match=r"the file that .* was trained with, but the content of .* has changed"):
+    message = r"template must be the file that .* was trained with, but the content of .* has changed"
+    with pytest.raises(ValueError, match=message):
         evaluate_language(evaluation(run.path, data))
 
 
@@ -256,7 +258,9 @@ def test_invalid_numbers_and_runs_are_rejected(finished_run, data, tmp_path):
     with pytest.raises(ValueError, match="beams must be at least 1, got 0; limit must be at least 1, got 0"):
         evaluation(finished_run, data, beams=0, limit=0)
     shutil.copy(Path(__file__).parents[3] / "old_files" / "run" / "run.json", tmp_path)
-    with pytest.raises(ValueError, match=r"a run folder created by `snella language`, got .*, a run of another task"):
+    with pytest.raises(
+        ValueError, match=r"be a run folder created by `snella language`, got .*, a run of another task"
+    ):
         evaluate_language(evaluation(tmp_path, data))
 
 
