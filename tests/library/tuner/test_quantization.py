@@ -509,7 +509,10 @@ def wrap(layer, targets=("lin",)):
 def test_unquantized_bitsandbytes_layer_raises():
     bnb = skip_without("bitsandbytes")
     for cls, options in ((bnb.nn.Linear4bit, {}), (bnb.nn.Linear8bitLt, {"has_fp16_weights": False})):
-        with pytest.raises(RuntimeError, match=r"'lin', a Linear\w+ of .* yet: its weight is torch\.float32 on 'cpu'"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"'lin', a bitsandbytes Linear\w+ that is not quantized yet: its weight is torch\.float32 on 'cpu'",
+        ):
             wrap(cls(N, M, **options))
 
 
