@@ -1,4 +1,4 @@
-"""Cost estimates for the paper's tables from results.jsonl, as text for docs/ and experiments/."""
+"""Cost estimates for the paper's tables from results.jsonl, as text for docs/notes/paper.md and experiments/."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from snella_lab.recipes.dreambooth.config import DreamBoothConfig
 from snella_lab.recipes.instruct.config import LanguageConfig
 
 ROOT = Path(__file__).parents[1]
+PAGE = Path("docs") / "notes" / "paper.md"
 BEGIN, END = "<!-- cost estimated by benchmarks/readme.py begins -->", "<!-- cost ends -->"
 _MARK = "Estimated by benchmarks/readme.py:"
-_LINK = "These are [estimates](benchmarks.md#cost) for SNELLA-8 in float32 on {device}."
 _BACKBONES = {
     "table1-vtab": ("ViT-B/16", "vit_base_patch16_224"),
     "table2-mae": ("ViT-B/16", "vit_base_patch16_224"),
@@ -59,9 +59,9 @@ _INSTRUCTIONS = 170_000
 
 @dataclass(frozen=True)
 class Costs:
-    """Cost text by page name, and by path below `experiments/`."""
+    """Cost text for the page, and by path below `experiments/`."""
 
-    pages: dict[str, str]
+    page: str
     experiments: dict[str, str]
 
 
@@ -69,25 +69,21 @@ def estimate(rows: list[dict[str, Any]]) -> Costs:
     """Estimate all costs; see `row_speed` for errors."""
     speed = row_speed(rows, classifier(BACKBONE, 1))
     notes = notes_text(speed, has_gpu_rows(rows))
-    estimators = {"benchmarks": _benchmarks, "tasks": _polyps, "generation": _dreambooth, "language": _language}
-    pages, experiments = {}, {}
-    for page, estimator in estimators.items():
+    tables, experiments = [], {}
+    for estimator in (_vtab, _fgvc, _polyps, _dreambooth, _language):
         table, experiment_texts = estimator(speed)
-        pages[f"{page}.md"] = (
-            f"{table}\n\n{notes if page == 'benchmarks' else _LINK.format(device=device_text(speed.device))}"
-        )
+        tables.append(table)
         for path, text in experiment_texts.items():
             experiments[path] = (
-                f"{_MARK} {METHOD} in float32 on {device_text(speed.device)} takes {text}; see docs/{page}.md."
+                f"{_MARK} {METHOD} in float32 on {device_text(speed.device)} takes {text}; see {PAGE.as_posix()}."
             )
-    return Costs(pages, experiments)
+    return Costs("\n\n".join([*tables, notes]), experiments)
 
 
 def update_costs(rows_file: Path, root: Path = ROOT) -> list[Path]:
-    """Write the estimates into the pages and the experiment files, and return the changed files."""
+    """Write the estimates into the page and the experiment files, and return the changed files."""
     costs = estimate(read_rows(rows_file))
-    pages = {root / "docs" / name: text for name, text in costs.pages.items()}
-    changed = [path for path, text in pages.items() if put_between(path, BEGIN, END, text)]
+    changed = [root / PAGE] if put_between(root / PAGE, BEGIN, END, costs.page) else []
     for name, text in costs.experiments.items():
         path = root / "experiments" / name
         content = path.read_text(encoding="utf-8")
@@ -106,13 +102,6 @@ def with_cost(content: str, text: str, path: Path) -> str:
         raise ValueError(f"{path} must contain a line that starts with {_MARK!r}; add one to its cost")
     lines = textwrap.wrap(text, 116, initial_indent=match["indent"], subsequent_indent=match["indent"])
     return content[: match.start()] + "\n".join(lines) + "\n" + content[match.end() :]
-
-
-def _benchmarks(speed: RowSpeed) -> tuple[str, dict[str, str]]:
-    """Estimate VTAB-1k and FGVC."""
-    vtab, vtab_experiments = _vtab(speed)
-    fgvc, fgvc_experiments = _fgvc(speed)
-    return f"{vtab}\n\n{fgvc}", vtab_experiments | fgvc_experiments
 
 
 def _vtab(speed: RowSpeed) -> tuple[str, dict[str, str]]:

@@ -175,7 +175,7 @@ def notes_text(speed: RowSpeed, is_gpu_measured: bool) -> str:
     gpu = "" if is_gpu_measured else " No GPU measurements are available."
     text = (
         f"The times are estimates for SNELLA-8 in float32 on {device_text(speed.device)}. They use a simpler "
-        f"formula than the [cost model](notes/cost-model.md#the-cost-model): seconds = training batches × adapted "
+        f"formula than the [cost model](cost-model.md#the-cost-model): seconds = training batches × adapted "
         f"weights × {per_weight_ns} + FLOPs ÷ {rate}, fitted to the measurements of "
         f"`{BACKBONE}` at batch sizes {small} and {large} in `benchmarks/results.jsonl`. FLOPs and memory are computed "
         f"from tensor shapes and exclude data loading and library overhead.{gpu}"

