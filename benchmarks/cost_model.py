@@ -31,7 +31,6 @@ from scipy.optimize import nnls
 from snella_app.report.style import COLORS, FIGURE_SIZE, INK, add_legend, new_figure
 from snella_lab.bench.cost_model import (
     METHODS,
-    MODELS,
     TRITON,
     Precision,
     StepCount,
@@ -49,6 +48,24 @@ FIGURES = FOLDER.parent / "docs" / "images" / "scale"
 ROWS = ("results.jsonl", "model_rows.jsonl")
 EPYC_1, EPYC_2 = "cpu, 1 threads, AMD EPYC", "cpu, 2 threads, AMD EPYC"
 INTEL_1 = "cpu, 1 threads, Intel(R) Xeon(R) Processor"
+
+
+def _vit(width: int, depth: int, heads: int, hidden: int, patch: int) -> Transformer:
+    """Return the shape of a ViT at 224×224 pixels."""
+    return Transformer(width, depth, (224 // patch) ** 2 + 1, heads, hidden, 3 * patch**2, 3 * 224**2)
+
+
+MODELS: dict[str, Transformer] = {
+    "ViT-S/16": _vit(384, 12, 6, 1536, 16),
+    "ViT-B/16": _vit(768, 12, 12, 3072, 16),
+    "ViT-L/16": _vit(1024, 24, 16, 4096, 16),
+    "ViT-H/14": _vit(1280, 32, 16, 5120, 14),
+    "ViT-g/14": _vit(1408, 40, 16, 6144, 14),
+    "ViT-22B/14": _vit(6144, 48, 48, 24576, 14),
+    "LLaMA-7B": Transformer(4096, 32, 2048, 32, 11008, outputs=32000, is_llama=True),
+    "LLaMA-70B": Transformer(8192, 80, 2048, 64, 28672, outputs=32000, kv_width=1024, is_llama=True),
+}
+"""Shapes from the models' papers. LLaMA's samples have 2,048 tokens."""
 
 SHAPES: dict[str, Transformer] = {
     "vit_small_patch16_224": MODELS["ViT-S/16"],
@@ -450,13 +467,23 @@ def _count_large(name: str, method: str, is_checkpointed: bool = False) -> StepC
     return count_step(MODELS[name], method, batch, **options)
 
 
+def sharded_peak(step: StepCount, devices: int) -> float:
+    """Return the peak bytes per device under FSDP2, with a share of the base weights and two gathered blocks.
+
+    Adapters, their gradients, and their moments stay replicated. Full fine-tuning shards gradients and moments too.
+    """
+    trained = 4 * step.trainable / (devices if step.is_full else 1)  # in float32, like the adapters
+    state = step.base_weights / devices + 4 * step.adapters + 2 * step.block_weights + 2 * trained
+    return state + max(step.saved + step.temporary, trained)
+
+
 def memory_table() -> str:
     """Format GiB per device on eight devices."""
     lines = []
     for label, (method, is_checkpointed) in _LARGE_STEPS.items():
         steps = [_count_large(name, method, is_checkpointed) for name in _LARGE]
         lines.append([f"{label}, DDP", *(_gib(step.peak) for step in steps)])
-        lines.append([f"{label}, FSDP2", *(_gib(step.sharded_peak(_DEVICES)) for step in steps)])
+        lines.append([f"{label}, FSDP2", *(_gib(sharded_peak(step, _DEVICES)) for step in steps)])
     return markdown_table(["predicted GiB per device", *_LARGE], lines)
 
 

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    transform = build_transform(CONFIG, train=True, augment="crop")
+    transform = build_transform(CONFIG, augment="crop")
     for kind in ("stamps", "photographs"):
         with tempfile.TemporaryDirectory() as temporary:
             write_images(Path(temporary), kind, options.images)

@@ -169,7 +169,7 @@ def measure(reader: str, folder: str) -> dict[str, Any]:
         import datasets  # noqa: F401
 
     imported = time.perf_counter()
-    transform = build_transform(CONFIG, train=True, augment="crop")
+    transform = build_transform(CONFIG, augment="crop")
     dataset = hf_dataset(folder, transform) if reader == "datasets" else snella_dataset(f"{reader}:{folder}", transform)
     loaded = time.perf_counter()
     epochs = []

@@ -111,7 +111,7 @@ def prepare(setting: dict[str, Any]) -> tuple[Tensor, Tensor, PeftModel]:
         pretrained=True,
     )
     backbone = make_backbone(info)
-    transform = build_transform(resolve_data_config(backbone, setting["img_size"]), train=False, augment="none")
+    transform = build_transform(resolve_data_config(backbone, setting["img_size"]))
     part = splits.train.with_transform(transform)
     images = torch.stack([part[row][0] for row in range(len(part))])
     options = {"kernel": setting["kernel"], "scaling": 1.0}

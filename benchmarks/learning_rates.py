@@ -30,7 +30,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from snella import BudgetAllocator
 from snella_app.config.train import TrainConfig
-from snella_app.data.protocol import get_protocol
+from snella_app.data.protocol import PROTOCOLS
 from snella_app.data.transforms import build_transform
 from snella_app.methods import build_method, spec_of
 from snella_app.methods.registry import matrices_of
@@ -263,10 +263,10 @@ def features_of(config: TrainConfig, blocks: int, val_size: int, cache: Path) ->
             )
         parts = [splits.test]
     backbone = new_backbone(config, len(splits.classes)).eval()
-    data_config = get_protocol(data.protocol).data_config(
+    data_config = PROTOCOLS[data.protocol].data_config(
         resolve_data_config(backbone, img_size), is_resized_whole=splits.is_resized_whole
     )
-    transform = build_transform(data_config, train=False, augment="none")
+    transform = build_transform(data_config)
     train, val, *rest = (part.with_transform(transform) for part in (splits.train, splits.val, *parts))
     features = Features(
         torch.stack([_tokens(backbone, train, blocks, is_mirrored=side == 1) for side in range(sides)]),

@@ -65,7 +65,7 @@ def measure(data: str, img_size: int, batch_size: int, batches: int) -> dict[str
     splits = load_splits(images, config.run.seed)
     info = BackboneInfo(name=BACKBONE, num_classes=len(splits.classes), img_size=img_size, seed=0, pretrained=True)
     model: Any = make_backbone(info).eval().requires_grad_(False)
-    transform = build_transform(resolve_data_config(model, img_size), train=False, augment="none")
+    transform = build_transform(resolve_data_config(model, img_size))
     part = splits.train.with_transform(transform)
     images = torch.stack([part[row][0] for row in range(len(part))])
     labels = torch.tensor(part.labels)

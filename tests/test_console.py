@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from snella_app.console import counted, make_console, print_heading, print_line, print_rows, printable
+from snella_app.console import counted, make_console, print_line, print_rows, printable
 from snella_app.data.sources import broken_images, show_reading
 
 
@@ -59,12 +59,6 @@ def test_rows_have_two_columns_and_wrap_only_on_a_terminal(is_terminal):
 
 def test_numbers_and_nouns_agree():
     assert (counted(1, "image"), counted(0, "step"), counted(1200, "image")) == ("1 image", "0 steps", "1,200 images")
-
-
-def test_heading_in_a_file_is_one_line():
-    file = io.StringIO()
-    print_heading(make_console(file), "1/3  linear")
-    assert file.getvalue() == "--- 1/3  linear ---\n"
 
 
 NAMES = {

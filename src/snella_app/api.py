@@ -1,6 +1,7 @@
 """Python entry point for training, `snella.train`."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -8,8 +9,9 @@ from rich.console import Console
 from snella_app.config.sections import AUTO_METHOD
 from snella_app.config.train import TrainConfig
 from snella_app.plugins import plugin
+from snella_app.records.run import FoldResults
 from snella_app.runs.folder import RunFolder
-from snella_app.training.folds import is_cross_validation, train_folds
+from snella_app.training.folds import train_folds
 from snella_app.training.train import train as train_run
 
 
@@ -50,7 +52,7 @@ def train(config: TrainConfig | None = None, *, console: Console | None = None, 
         config = choose_method(config, console)
     out = str(config.run.out)
     data = config.data
-    if (data.folds and data.fold is None) or (config.run.resume and is_cross_validation(out)):
+    if (data.folds and data.fold is None) or (config.run.resume and (Path(out) / FoldResults.file).is_file()):
         train_folds(config, console, **options)
         return RunFolder(out)
     return train_run(config, console, **options)

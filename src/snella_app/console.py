@@ -142,14 +142,6 @@ def make_table(
     return table
 
 
-def print_heading(console: Console, text: str) -> None:
-    """Print a heading: a rule on a terminal, or a plain line elsewhere."""
-    if console.is_terminal:
-        console.rule(Text(printable(text)))
-    else:
-        print_line(console, f"--- {text} ---")
-
-
 def track_progress(items: Iterable[_T], text: str, total: int, console: Console | None) -> Iterable[_T]:
     """Wrap items in a progress bar if the console is a terminal; otherwise, return them unchanged."""
     if console is None or not console.is_terminal:

@@ -264,7 +264,7 @@ def bench(
         r: Ranks; defaults to 8.
         sparsity: Target sparsities; defaults to 0.7.
         dtype: Dtypes of weights and activations: fp32 or bf16; defaults to fp32.
-        device: A torch device: cpu, cuda or cuda:1.
+        device: auto, or a torch device: cpu, cuda or cuda:1.
         rounds: Timed steps per method, reported as medians; 0 only counts saved activations and parameters.
         memory: Also measure peak memory.
         grid: Measure a grid of backbones, batch sizes, methods, ranks, sparsities and dtypes instead; takes hours.

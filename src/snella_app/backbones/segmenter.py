@@ -70,7 +70,9 @@ class SegmentationModel(nn.Module):
             )
         self.encoder = encoder
         channels = [int(entry["num_chs"]) for entry in info]
-        self.layers = _evenly_spaced(len(channels), _LEVELS)
+        levels = min(_LEVELS, len(channels))
+        # evenly spaced, including the last
+        self.layers = [round((k + 1) * len(channels) / levels) - 1 for k in range(levels)]
         self.decoder = LightDecoder([channels[layer] for layer in self.layers], num_classes)
         # segmentation uses the whole image without cropping
         self.pretrained_cfg = {**dict(encoder.pretrained_cfg), "crop_pct": 1.0, "crop_mode": "squash"}  # type: ignore[arg-type]
@@ -111,9 +113,3 @@ def create_segmenter(
 def _resized(x: Tensor, size: torch.Size) -> Tensor:
     """Resize a map bilinearly, or return it unchanged if it already has this size."""
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=False)
-
-
-def _evenly_spaced(count: int, limit: int) -> list[int]:
-    """Return the indices of up to `limit` of `count` layers, evenly spaced and including the last."""
-    limit = min(limit, count)
-    return [round((k + 1) * count / limit) - 1 for k in range(limit)]

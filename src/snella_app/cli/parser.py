@@ -23,7 +23,7 @@ from jsonargparse import ArgumentParser
 from snella_app.cli import commands as _commands  # noqa: F401 - registers its commands
 from snella_app.cli.command import COMMANDS, Command
 from snella_app.files import expand_user
-from snella_app.methods.defaults import TRAIN_PRESETS, shown_defaults
+from snella_app.methods.defaults import SPARSE_DEFAULTS, SPARSE_RECIPES, TRAIN_PRESETS
 from snella_app.plugins import plugins
 from snella_app.settings import Config, Setting, describe_type, suggest_choice, suggest_setting
 from snella_app.text import nearest, similar_paths
@@ -259,8 +259,8 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     _set_help(parser)
     owner = settings_class(function)
     basic = () if owner is None else owner.basic
-    purpose = getattr(owner, "purpose", None)
-    method_defaults = {} if purpose is None else shown_defaults(purpose)
+    # the purpose of `snella train` is empty
+    method_defaults = {**SPARSE_RECIPES, "": SPARSE_DEFAULTS}.get(getattr(owner, "purpose", "none"), {})
     default_method = {option.name: option.default for option in options}.get("method", "")
     basic_group: Any = parser
     advanced_group: Any = parser

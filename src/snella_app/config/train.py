@@ -84,7 +84,7 @@ class RunSettings(Config):
             values["head_lr"] = current["lr"]  # the only learning rate that applies
         return self.replace(**values)
 
-    def missing_errors(self, *, is_started: bool = False) -> list[str]:
+    def missing_errors(self, *, is_started: bool) -> list[str]:
         """Check the required settings; `is_started` means that a stored run supplies all but `out`."""
         examples = {**({} if is_started else self.required), "out": self.out_example}
         values = self.flat()
@@ -254,10 +254,10 @@ class TrainConfig(RunSettings):
 
     def _validation_errors(self) -> list[str]:
         """Reject settings that need validation images, which protocol `final` lacks."""
-        from snella_app.data.protocol import get_protocol
+        from snella_app.data.protocol import PROTOCOLS
 
         remedies = {"early_stopping": "leave one out", "soup": f"use --swa {self.optim.soup} instead"}
-        summary = get_protocol("final").summary
+        summary = PROTOCOLS["final"].summary
         return [
             f"{name} needs validation images, got {value} with protocol 'final': {summary}; {remedy}"
             for name, remedy in remedies.items()
@@ -292,13 +292,14 @@ class TrainConfig(RunSettings):
         return errors
 
 
-def command_line(settings: RunSettings, default: RunSettings, command: str) -> str:
-    """Return the command line of `command`, without `UNSTORED_FIELDS` and settings that are None or as in `default`.
+def command_line(settings: RunSettings, command: str) -> str:
+    """Return the command line of `command`, without `UNSTORED_FIELDS` and settings that are None or the default.
 
-    Settings that differ from the preset of `settings` are included even if they equal those in `default`.
+    Settings that differ from the preset of `settings` are included even if they equal the default.
     """
     args = ["snella", command]
-    defaults = default.flat()
+    # required settings have no defaults
+    defaults = type(settings).from_flat(**dict.fromkeys((*settings.required, "out"), "-")).flat()
     values = settings.flat()
     preset = TRAIN_PRESETS.get(str(values.get("preset")), {})
     for name, value in values.items():

@@ -186,7 +186,9 @@ _COPY = re.compile(r"(\bcopy\b|\(\d+\)$|- kopie$)", re.IGNORECASE)
 """Pattern of names that file managers give to copies."""
 _BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_])[\s_-]+(?=[^\W\d_])")
 """Pattern of separators in which two spellings of a class name may differ."""
-# contact sheet: lengths in pixels, and colors
+# contact sheet: images per class, classes, lengths in pixels, and colors
+_COLUMNS = 10
+_MAX_ROWS = 20
 _TILE = 96
 _GAP = 4
 _HEADING = 20
@@ -373,15 +375,15 @@ def _suspicious_names(classes: Sequence[str]) -> list[str]:
     return messages
 
 
-def contact_sheet(splits: DataSplits, *, per_class: int = 10, max_classes: int = 20) -> Image.Image:
+def contact_sheet(splits: DataSplits) -> Image.Image:
     """Draw the first training images of each of the first classes (or strata, see `build_collection`), one row each."""
     images = splits.train
-    labels = sorted(set(images.labels))[:max_classes]
+    labels = sorted(set(images.labels))[:_MAX_ROWS]
     rows: dict[int, list[int]] = {label: [] for label in labels}
     for position, label in enumerate(images.labels):
         if label in rows:
             rows[label].append(position)
-    width = per_class * (_TILE + _GAP) + _GAP
+    width = _COLUMNS * (_TILE + _GAP) + _GAP
     height = len(rows) * (_TILE + _HEADING + _GAP) + _GAP
     sheet = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
@@ -389,7 +391,7 @@ def contact_sheet(splits: DataSplits, *, per_class: int = 10, max_classes: int =
     for row, (label, positions) in enumerate(rows.items()):
         top = _GAP + row * (_TILE + _HEADING + _GAP)
         draw.text((_GAP, top + 2), f"{splits.label_names[label]} ({len(positions)})", _INK, font)
-        for column, position in enumerate(positions[:per_class]):
+        for column, position in enumerate(positions[:_COLUMNS]):
             tile = ImageOps.contain(images.image(position), (_TILE, _TILE), Image.Resampling.BICUBIC)
             left = _GAP + column * (_TILE + _GAP)
             sheet.paste(tile, (left + (_TILE - tile.width) // 2, top + _HEADING + (_TILE - tile.height) // 2))

@@ -190,15 +190,9 @@ def load_data(
         ConnectionError: If a dataset on the Hugging Face Hub is not cached and the Hub is unreachable.
     """
     config = config or DataConfig()
-    named_seeds = {"seed": seed}
-    if config.test_seed is not None:
-        named_seeds["test_seed"] = config.test_seed
-    invalid = [
-        f"{name} must be in [0, 2^32), got {value}" for name, value in named_seeds.items() if not 0 <= value < 2**32
-    ]
-    if invalid:
-        raise ValueError("; ".join(invalid))
-    seeds = {"train": seed, "val": seed, "test": named_seeds.get("test_seed", seed)}
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2^32), got {seed}")
+    seeds = {"train": seed, "val": seed, "test": seed if config.test_seed is None else config.test_seed}
     splits = DataSplits(**vars(_read(spec, config, target)))
     if divide and splits.problems:
         raise ValueError("; ".join(splits.problems))

@@ -156,6 +156,8 @@ class DataConfig(Config):
         if self.augment in _COLOR_AUGMENTATIONS and self.channels not in (1, 3):
             allowed = "none, flip, crop or crop-no-flip"
             errors.append(f"augment must be {allowed} for {self.channels} channels, got {self.augment!r}")
+        if self.test_seed is not None and self.test_seed >= 2**32:  # the limit of NumPy's seeds
+            errors.append(f"test_seed must be less than {2**32}, got {self.test_seed}")
         if self.fold is not None and (self.folds is None or self.fold > self.folds):
             errors.append(f"fold must be at most folds, got {self.fold} with folds {self.folds or 'unset'}")
         if self.folds is not None and self.protocol != "standard":

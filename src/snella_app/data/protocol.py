@@ -121,14 +121,3 @@ PROTOCOLS: dict[str, RunProtocol] = {
     )
 }
 """Protocols by value of `--protocol`."""
-
-
-def get_protocol(name: str) -> RunProtocol:
-    """Return a protocol by name.
-
-    Raises:
-        ValueError: If the protocol is unknown.
-    """
-    if name not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
-    return PROTOCOLS[name]

@@ -25,7 +25,7 @@ _BLUR_SIGMAS = (0.1, 2.0)
 
 
 def build_transform(
-    data_config: dict[str, Any], *, train: bool, augment: Augment, random_erasing: float = 0.0
+    data_config: dict[str, Any], *, augment: Augment = "none", random_erasing: float = 0.0
 ) -> Callable[[Image.Image], Tensor]:
     """Build a model's evaluation transform as in timm, or a training transform with augmentation.
 
@@ -35,8 +35,7 @@ def build_transform(
     Args:
         data_config: `timm.data.resolve_model_data_config(model)`, with `input_size`, `mean`, `std`, `interpolation`,
             `crop_pct` and `crop_mode`.
-        train: If False, `augment` and `random_erasing` are ignored.
-        augment: Training augmentation:
+        augment: Augmentation for training:
 
             - "none": the evaluation transform
             - "flip": the evaluation transform, and horizontal flip with probability 0.5
@@ -58,9 +57,6 @@ def build_transform(
     """
     if augment not in get_args(Augment):
         raise ValueError(f"augment must be one of {', '.join(get_args(Augment))}, got {augment!r}")
-    if not train:
-        augment = "none"
-        random_erasing = 0.0
     missing = [key for key in ("input_size", "mean", "std") if key not in data_config]
     if missing:
         raise ValueError(

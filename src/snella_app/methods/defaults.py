@@ -53,12 +53,3 @@ SPARSE_RECIPES: dict[str, dict[str, Any]] = {
     "language": {"lr": 1e-3, "scalar_lr": 1e-4, "r": 8, "target_sparsity": 0.7, "scaling": 10.0},  # untuned
 }
 """`Method.recipes` of SNELLA and SNELL."""
-
-
-def shown_defaults(purpose: str) -> dict[str, Any]:
-    """Return the defaults of the default method, for help texts.
-
-    Args:
-        purpose: `RunSettings.purpose`, which is empty for `snella train`.
-    """
-    return SPARSE_RECIPES[purpose] if purpose else SPARSE_DEFAULTS

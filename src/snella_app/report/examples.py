@@ -123,7 +123,7 @@ def embed_image(index: int, images: ImageLoader | None, max_side: int = 176) -> 
     return EmbeddedImage(*image_data_uri(image, max_side))
 
 
-def image_data_uri(image: Image.Image, max_side: int = 176) -> tuple[str, int, int]:
+def image_data_uri(image: Image.Image, max_side: int) -> tuple[str, int, int]:
     """Return an image as a PNG data URI of at most `max_side` pixels per side, with its width and height.
 
     Smaller images keep their size. Except for heat maps, the report enlarges images below 96 px without smoothing.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -152,13 +153,9 @@ def part_names(module: str, groups: int, infos: Mapping[str, MatrixInfo]) -> lis
 
 def _downsample(values: Tensor, side: int = MAX_CELLS) -> np.ndarray:
     """Downsample a matrix to at most `side` cells per side. Each cell shows its largest entry in magnitude."""
-    rows, columns = (max(1, -(-size // side)) for size in values.shape)
-    missing_rows = -values.shape[0] % rows
-    missing_columns = -values.shape[1] % columns
-    padded = torch.nn.functional.pad(values, (0, missing_columns, 0, missing_rows))
-    blocks = padded.unfold(0, rows, rows).unfold(1, columns, columns).flatten(2)
-    indices = blocks.abs().argmax(-1, keepdim=True)
-    return blocks.gather(-1, indices)[..., 0].numpy()
+    cell = tuple(max(1, -(-size // side)) for size in values.shape)
+    _, indices = F.max_pool2d(values.abs()[None], cell, ceil_mode=True, return_indices=True)
+    return values.flatten()[indices[0]].numpy()
 
 
 def draw_updates(updates: Mapping[str, Tensor], name: str) -> Figure:

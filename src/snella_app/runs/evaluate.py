@@ -33,11 +33,19 @@ from snella_app.runs.images import (
     changed_splits,
     check_splits,
     encode_targets,
-    is_same_split,
     load_run_splits,
     load_splits,
+    splits_digest,
 )
-from snella_app.runs.model import Ensemble, LoadedRun, get_task, load_run, load_single_run, unfinished_note
+from snella_app.runs.model import (
+    Ensemble,
+    LoadedRun,
+    check_batch_size,
+    get_task,
+    load_run,
+    load_single_run,
+    unfinished_note,
+)
 from snella_app.tasks import create_task
 
 Split = Literal["auto", "train", "val", "test", "all"]
@@ -113,7 +121,7 @@ def evaluate(
         TypeError: If `data` is neither a specification nor a dataset object.
         ImportError: If the data needs a package that is not installed.
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     loaded = run if isinstance(run, LoadedRun) else load_run(run, device)
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
     with show_reading(console):
@@ -132,12 +140,6 @@ def evaluate(
         "classes": loaded.classes,
         **scores,
     }
-
-
-def _check_batch_size(batch_size: int) -> None:
-    """Raise ValueError if the batch size is less than 1."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def _training_note(
@@ -161,7 +163,7 @@ def _training_note(
     if run_splits is None:
         try:
             run_splits = load_run_splits(loaded.folder, loaded.info.data)
-            if not is_same_split(loaded.info.data, run_splits):
+            if loaded.info.data.digest != splits_digest(run_splits):
                 raise ValueError(f"files were added or removed in {loaded.info.data.spec}")
         except (OSError, ValueError, ImportError) as error:
             return (
@@ -217,7 +219,7 @@ def calibrate_run(run: str | Path, *, batch_size: int = 32, device: str = "auto"
         ValueError: If the run is not a finished classification run, is a cross-validation run, or has no validation
             images; if its final head was fitted to them, or its images have changed; or if `batch_size` is less than 1.
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     folder = RunFolder(run)
     loaded = load_single_run(folder, device)
     if not loaded.task.has_class_scores or not loaded.info.is_finished:
@@ -304,7 +306,7 @@ def _load_splits(
     with contextlib.suppress(ValueError):  # the data may not fit the settings of the run
         spec, source = (data, None) if isinstance(data, str) else (config.data.spec, data)
         splits = load_splits(dataclasses.replace(config.data, spec=spec, **changes), config.run.seed, source)
-        if is_same_split(stored, splits):
+        if stored.digest == splits_digest(splits):
             changed = changed_splits(stored, splits, _split_names(_resolve_split(split, splits)))
             if not changed:
                 return splits, True

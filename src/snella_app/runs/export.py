@@ -400,7 +400,7 @@ def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> tupl
     patch.replaced = {name: tensor.detach().clone() for name, tensor in replaced.items()}
     patch.metadata = run_metadata(loaded, model)
     content = patch.to_bytes(options.values)
-    full_size = sum(tensor.numel() * tensor.element_size() for tensor in fine_tuned.values())
+    full_size = sum(tensor.nbytes for tensor in fine_tuned.values())
     num_changed = sum(len(entries.indices) for entries in patch.entries.values())
     num_replaced = sum(tensor.numel() for tensor in replaced.values())
     num_weights = sum(torch.Size(shape).numel() for shape in patch.shapes.values())

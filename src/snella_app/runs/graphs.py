@@ -60,7 +60,7 @@ def export_onnx(
     """
     import onnxruntime
 
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size >= _TWO_GIB:
         raise ValueError(
             f"an ONNX file can hold less than 2 GiB of weights, got {size / 2**30:.2f} GiB; use torch-export"

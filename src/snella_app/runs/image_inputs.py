@@ -167,7 +167,7 @@ def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
     raise TypeError(f"images must be files, bytes, {pil_text}arrays or tensors, got {type(image).__name__} for {name}")
 
 
-def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _POLL_S) -> Iterator[list[Path]]:
+def new_files(folders: Sequence[Path], known: Iterable[Path]) -> Iterator[list[Path]]:
     """Watch folders for new images indefinitely.
 
     Folders are polled, because polling also works on network drives. A nonempty file is complete once its size and
@@ -176,7 +176,6 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
     Args:
         folders: Folders to watch, recursively.
         known: Images that are not new.
-        poll_s: Seconds between polls.
 
     Yields:
         New images after each poll, sorted by path within each folder. The list is empty if there are none.
@@ -199,7 +198,7 @@ def new_files(folders: Sequence[Path], known: Iterable[Path], poll_s: float = _P
                 complete.append(path)
                 seen.add(path.resolve())
         yield complete
-        time.sleep(poll_s)
+        time.sleep(_POLL_S)
 
 
 def missing_path_hint(missing: Path, *, may_be_pattern: bool = True) -> str:

@@ -51,11 +51,6 @@ def absolute_folder(spec: str) -> str | None:
     return None if folder is None else str(folder.resolve())
 
 
-def is_same_split(data: DataInfo, splits: DataSplits) -> bool:
-    """Return whether the splits match the splits whose digest the run stored."""
-    return data.digest == splits_digest(splits)
-
-
 def changed_splits(data: DataInfo, splits: DataSplits, names: Collection[str]) -> list[str]:
     """Return the splits in `names` whose images do not match the digest that the run stored, if it stored one."""
     digests = content_digests(splits, set(names) & set(data.contents))
@@ -70,7 +65,7 @@ def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collectio
     Raises:
         ValueError: If the splits or images differ. The message suggests remedies.
     """
-    if not is_same_split(data, splits):
+    if data.digest != splits_digest(splits):
         stored_sizes = _sizes_text(data.sizes)
         current_sizes = _sizes_text(split_sizes(splits))
         has_same_sizes = stored_sizes == current_sizes

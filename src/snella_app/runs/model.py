@@ -106,7 +106,7 @@ def load_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
     return LoadedRun(first.folder, model, first.transform, first.classes, task, info)
 
 
-def load_single_run(run: str | Path | RunFolder, device: str = "auto") -> LoadedRun:
+def load_single_run(run: str | Path | RunFolder, device: str) -> LoadedRun:
     """Load the best model of a run.
 
     Raises:
@@ -150,7 +150,7 @@ def _load_model(folder: RunFolder, info: RunInfo, device: torch.device) -> Loade
             )
         probe = probe.to(device).eval()
     try:
-        transform = build_transform(info.data_config, train=False, augment="none")
+        transform = build_transform(info.data_config)
         _check_transform(transform, info, size)
     except ValueError as error:
         raise ValueError(
@@ -244,3 +244,9 @@ def make_backbone(backbone: BackboneInfo, task: str = "classification") -> nn.Mo
             img_size=backbone.img_size,
             **({} if backbone.channels == 3 else {"channels": backbone.channels}),  # segmenters support only 3
         )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise ValueError if the batch size is less than 1."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")

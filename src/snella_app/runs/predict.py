@@ -24,7 +24,7 @@ from snella_app.records.record import read_if_present
 from snella_app.records.run import FoldResults, RunInfo
 from snella_app.runs.folder import RunFolder
 from snella_app.runs.image_inputs import ImageInput, missing_path_hint, read_input, split_inputs
-from snella_app.runs.model import Ensemble, LoadedRun, get_task_name, load_run
+from snella_app.runs.model import Ensemble, LoadedRun, check_batch_size, get_task_name, load_run
 from snella_app.tasks import Task, task_class
 from snella_app.tasks.classification import ClassificationTask
 from snella_app.tasks.task import MAX_VIEWS
@@ -54,8 +54,7 @@ class Predictor:
     """
 
     def __init__(self, loaded: LoadedRun, *, batch_size: int = 32) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_batch_size(batch_size)
         self.loaded = loaded
         self.batch_size = batch_size
         self._lock = threading.Lock()

@@ -25,7 +25,7 @@ from snella_app.data.images import read_image
 from snella_app.device import choose_device
 from snella_app.methods import merge_trained
 from snella_app.methods.model_parts import base_model
-from snella_app.runs.model import LoadedRun, load_single_run, make_backbone
+from snella_app.runs.model import LoadedRun, check_batch_size, load_single_run, make_backbone
 from snella_app.runs.predict import check_shape
 
 _MIB = 2**20
@@ -234,8 +234,7 @@ class TaskBank:
         Raises:
             ValueError: As for `__call__`, or if an image cannot be read or `batch_size` is less than 1.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        check_batch_size(batch_size)
         predictions: dict[int, Any] = {}
         for name, indices in self._groups(tasks, len(images)):
             loaded = self._find(name).loaded
@@ -333,4 +332,4 @@ def _collect_updates(model: nn.Module) -> dict[str, _Update]:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Return the size of tensors in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)

@@ -119,14 +119,14 @@ _CLASSES_PER_GROUP = 8
 """Number of classes whose scores are resized at once."""
 
 
-def choose_indices(dice: Sequence[float], limit: int = _MAX_EXAMPLES) -> list[int]:
+def choose_indices(dice: Sequence[float]) -> list[int]:
     """Choose example images: half with the lowest Dice, and the others evenly spaced in the ranking of the rest.
 
     NaN counts as the highest Dice.
     """
     order = np.argsort(np.asarray(dice, dtype=float), kind="stable").tolist()
-    worst, rest = order[: limit // 2], order[limit // 2 :]
-    count = min(len(rest), limit - len(worst))
+    worst, rest = order[: _MAX_EXAMPLES // 2], order[_MAX_EXAMPLES // 2 :]
+    count = min(len(rest), _MAX_EXAMPLES - len(worst))
     # the middle of each of `count` equal ranges
     return worst + [rest[(2 * i + 1) * len(rest) // (2 * count)] for i in range(count)]
 

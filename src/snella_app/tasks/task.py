@@ -144,16 +144,11 @@ class Task(ABC):
             model: Maps a batch to outputs.
             images: `[images, channels, height, width]`.
             tta: Number of test-time augmentation views, up to `MAX_VIEWS`: the images, their horizontal flips, then
-                corner crops of the enlarged images, each followed by its flip.
-
-        Raises:
-            ValueError: If masks are predicted from more than two views.
+                corner crops of the enlarged images, each followed by its flip. Masks allow at most two views.
         """
         outputs: list[Tensor] = []
         for view in range(tta):
             output = model(_view(images, view))
-            if output.ndim == 4 and tta > 2:
-                raise ValueError(f"tta must be 1 or 2 (with flip) for masks, got {tta}")
             if output.ndim == 4 and view == 1:  # masks are flipped back
                 output = output.flip(-1)
             outputs.append(output)

@@ -29,7 +29,7 @@ from snella_app.console import print_line, track_progress
 from snella_app.data.datasets import ImageDataset, MaskDataset, read_at_side
 from snella_app.data.load import DataSplits
 from snella_app.data.options import DataConfig
-from snella_app.data.protocol import get_protocol
+from snella_app.data.protocol import PROTOCOLS
 from snella_app.data.sources import show_reading
 from snella_app.data.transforms import build_transform
 from snella_app.methods import (
@@ -47,7 +47,7 @@ from snella_app.methods.saving import METHOD_FILE
 from snella_app.records.record import read
 from snella_app.records.run import BackboneInfo, RunInfo
 from snella_app.runs.folder import RunFolder
-from snella_app.runs.images import encode_targets, is_same_split, load_splits
+from snella_app.runs.images import encode_targets, load_splits, splits_digest
 from snella_app.runs.model import make_backbone
 from snella_app.tasks import Task, create_task
 from snella_app.text import listed
@@ -305,14 +305,14 @@ def build(
     backbone = build_sized(partial(make_backbone, info, config.task), info.name, model.img_size)
     if model.drop_path:
         set_drop_path(backbone, find_head(backbone, task.head), model.drop_path)
-    data_config = get_protocol(config.protocol).data_config(
+    data_config = PROTOCOLS[config.protocol].data_config(
         resolve_data_config(backbone, model.img_size), is_resized_whole=data.splits.is_resized_whole
     )
     pretrained_config = getattr(backbone, "pretrained_cfg", None) or {}  # only timm models have one
     info = dataclasses.replace(info, architecture=pretrained_config.get("architecture") or None)
     augment: Any = task.augment if config.augment == "auto" else config.augment
-    train_transform = build_transform(data_config, train=True, augment=augment, random_erasing=config.random_erasing)
-    transform = build_transform(data_config, train=False, augment="none")
+    train_transform = build_transform(data_config, augment=augment, random_erasing=config.random_erasing)
+    transform = build_transform(data_config)
     datasets = data.splits.parts
     resized_datasets = read_at_side(list(datasets.values()), read_side(data_config, data.splits.train))
     transformed: dict[str, Any] = {}
@@ -393,7 +393,7 @@ def load_initial_weights(parts: RunComponents, spec: str, run: RunFolder) -> Non
             f"{len(expected)} and {len(classes)} classes differ in {different}"
         )
     load_trained_into(parts.model, run.adapter)
-    if not is_same_split(info.data, parts.splits):
+    if info.data.digest != splits_digest(parts.splits):
         parts.splits.notes.append(
             f"{run.path} has different splits; its training images may include evaluation images of this run"
         )
@@ -411,7 +411,7 @@ def _selection_images(
     config = dataclasses.replace(data.config, protocol="standard")
     standard = load_splits(config, data.seed, data.source)
     standard = encode_targets(standard, create_task(config.task, standard.classes))
-    transform = build_transform(data_config, train=False, augment="none")
+    transform = build_transform(data_config)
     val = None if standard.val is None else standard.val.with_transform(transform)
     return standard.train.with_transform(splits.train.transform), val
 

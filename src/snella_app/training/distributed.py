@@ -272,7 +272,7 @@ def _drop_effective_weights(module: nn.Module, inputs: tuple[Any, ...], output: 
 
 def _frozen_bytes(module: nn.Module) -> int:
     """Return the size of a module's frozen parameters in bytes."""
-    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
+    return sum(p.nbytes for p in module.parameters() if not p.requires_grad)
 
 
 def _broadcast(flat: Tensor) -> None:

@@ -18,7 +18,7 @@ from snella_app.config.sections import OptimConfig
 from snella_app.config.train import TrainConfig
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.options import DataConfig
-from snella_app.data.protocol import get_protocol
+from snella_app.data.protocol import PROTOCOLS
 from snella_app.data.transforms import build_transform
 from snella_app.device import autocast, move_to
 from snella_app.methods import find_method
@@ -127,7 +127,7 @@ def compute_features(
     unflipped images, if they are already known. If `sampler` (see `DataConfig`) is "weighted", the sample weights are
     multiplied by weights that balance the classes.
     """
-    transform = build_transform(parts.data_config, train=False, augment="none")
+    transform = build_transform(parts.data_config)
     dataset = original_images(images).with_transform(transform)
     layers = probed_layers(parts.model)
     flips = [False, True][:views]
@@ -321,7 +321,7 @@ def fits_last_epoch(config: TrainConfig) -> bool:
     """
     optim = config.optim
     is_averaged = optim.swa or optim.soup
-    is_selected = get_protocol(config.data.protocol).selected_on == "val"
+    is_selected = PROTOCOLS[config.data.protocol].selected_on == "val"
     return is_selected and not is_averaged and not find_method(config.method.name).is_head_only
 
 

@@ -42,7 +42,6 @@ from snella_app.runs.folder import CARD
 from snella_app.runs.layer_probe import LAYER_PROBE, LayerProbe, MixedHead
 from snella_app.tasks import Task
 from snella_app.training.build import RunComponents
-from snella_app.training.callbacks import StepTimeCallback
 from snella_app.training.checkpoints import BEST
 from snella_app.training.distributed import is_main, is_sharded, process_count, wait_for_everyone
 from snella_app.training.final_head import (
@@ -73,9 +72,8 @@ class LiveReport(TrainerCallback):
     The pause after an update is at least 50 times its duration, so updates take at most 2% of the time.
     """
 
-    def __init__(self, trainer: SnellaTrainer, step_timer: StepTimeCallback) -> None:
+    def __init__(self, trainer: SnellaTrainer) -> None:
         self.trainer = trainer
-        self.step_timer = step_timer
         self._written_at = time.monotonic()
         self._pause = _REPORT_INTERVAL_S
 
@@ -89,13 +87,13 @@ class LiveReport(TrainerCallback):
             allocation = None
             if trainer.allocator is not None:
                 allocation = describe_allocation(trainer.parts.model, trainer.allocator)
-            metrics = _metrics(trainer, self.step_timer)
+            metrics = _metrics(trainer)
             write_report(trainer.run_folder.path, metrics=metrics, allocation=allocation)
         self._written_at = time.monotonic()
         self._pause = max(_REPORT_INTERVAL_S, 50 * (self._written_at - start))
 
 
-def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Console, render_report: bool = True) -> None:
+def finish(trainer: SnellaTrainer, console: Console, render_report: bool = True) -> None:
     """Average epochs if requested, fit the final head, evaluate the saved model, and write and print the results."""
     train_s = trainer.elapsed_s
     run = trainer.run_folder
@@ -136,7 +134,7 @@ def finish(trainer: SnellaTrainer, step_timer: StepTimeCallback, console: Consol
         parts.task.save_examples(parts.model, images, sample_outputs, run.path)
         run.write(parts.task.predictions(images, sample_outputs, split, run.path))
         report_images = parts.task.report_images(images, run.path)
-    metrics = _metrics(trainer, step_timer)
+    metrics = _metrics(trainer)
     if final_head is not None and final_head.replaced_epoch is not None:
         metrics = dataclasses.replace(metrics, best_epoch=trainer.history[-1]["epoch"])
     val_scores = None if scores["val"] is None else scores_from(scores["val"])
@@ -318,7 +316,7 @@ def _write_task_state(trainer: SnellaTrainer, outputs: dict[str, OutputsAndLabel
     return scores
 
 
-def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
+def _metrics(trainer: SnellaTrainer) -> Metrics:
     """Build the metrics record of the completed epochs."""
     parts = trainer.parts
     protocol = trainer.protocol
@@ -336,7 +334,7 @@ def _metrics(trainer: SnellaTrainer, step_timer: StepTimeCallback) -> Metrics:
         adapted_weights=adapted_weights,
         adapter_bytes=folder_bytes(trainer.run_folder.adapter),
         peak_rss_mib=peak_rss_mib(),
-        **step_timer.summary(),
+        **trainer.step_timer.summary(),
         history=history,
     )
 

@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,11 +20,6 @@ from snella_app.runs.images import check_splits, find_data, load_splits
 from snella_app.training.distributed import require_single_process
 from snella_app.training.session import TrainingInterrupted, lock_run, resume_command
 from snella_app.training.train import train
-
-
-def is_cross_validation(folder: str | Path) -> bool:
-    """Return whether a folder contains results of a cross-validation."""
-    return (Path(folder) / FoldResults.file).is_file()
 
 
 def train_folds(config: TrainConfig, console: Console | None = None, **options: Any) -> FoldResults:

@@ -5,7 +5,6 @@ Pooled features are the inputs of a model's head. A linear probe is a linear hea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from snella_app.config.sections import OptimConfig
 from snella_app.config.train import TrainConfig
 from snella_app.data.datasets import ImageDataset
 from snella_app.data.options import DataConfig
-from snella_app.data.protocol import get_protocol
+from snella_app.data.protocol import PROTOCOLS
 from snella_app.data.transforms import build_transform
 from snella_app.device import autocast
 from snella_app.methods import method_of, spec_of
@@ -215,7 +214,7 @@ def probe_features(parts: RunComponents, optim: OptimConfig) -> Tensor:
 
 def probe_images(parts: RunComponents, indices: NDArray[np.int64]) -> ImageDataset:
     """Return the training images at `indices` with the evaluation transform."""
-    transform = build_transform(parts.data_config, train=False, augment="none")
+    transform = build_transform(parts.data_config)
     return parts.splits.train.with_transform(transform).subset(indices.tolist())
 
 
@@ -228,7 +227,7 @@ def can_probe(parts: RunComponents) -> bool:
 def evaluates_initial_model(config: TrainConfig) -> bool:
     """Return whether the model is evaluated before the first epoch, because it may be the best."""
     may_be_best = config.optim.head_init == "probe" or config.model.init_from is not None
-    return may_be_best and get_protocol(config.data.protocol).selected_on == "val"
+    return may_be_best and PROTOCOLS[config.data.protocol].selected_on == "val"
 
 
 def can_skip_training(optim: OptimConfig, protocol: str) -> bool:
@@ -236,7 +235,7 @@ def can_skip_training(optim: OptimConfig, protocol: str) -> bool:
 
     This requires that the head starts from a linear probe and is evaluated on validation images.
     """
-    return optim.head_init == "probe" and get_protocol(protocol).selected_on == "val"
+    return optim.head_init == "probe" and PROTOCOLS[protocol].selected_on == "val"
 
 
 def _find_linear_head(model: nn.Module) -> nn.Linear | None:
@@ -303,14 +302,6 @@ def base_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     if isinstance(head, ModulesToSaveWrapper):  # PEFT trains a copy of the head
         head = head.modules_to_save[head.active_adapter]  # type: ignore[index]
     return base, head
-
-
-def is_clearly_better(only_first: int, only_second: int) -> bool:
-    """Return whether the first of two classifiers is clearly better (McNemar's test, two standard errors).
-
-    Each argument is the number of images that only that classifier classifies correctly.
-    """
-    return only_first - only_second > 2.0 * math.sqrt(only_first + only_second)
 
 
 def enable_feature_norm(parts: RunComponents, optim: OptimConfig) -> FeatureNorm:

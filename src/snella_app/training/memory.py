@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, field
 from functools import partial
@@ -149,11 +149,11 @@ def record_forward(model: nn.Module, images: Tensor) -> ForwardRecord:
     def record_module(name: str, _: nn.Module, inputs: Any, output: Any) -> None:
         # in-place modules return their input, which counts once
         tensors = {tensor.data_ptr(): tensor for tensor in (*_tensors(inputs), *_tensors(output))}
-        record_call(name, _total_bytes(tensors.values()))
+        record_call(name, sum(tensor.nbytes for tensor in tensors.values()))
 
     def record_attention(inputs: tuple[Tensor, ...], output: Tensor) -> None:
         # the backward pass restores the compressed inputs and the output, in addition to their gradients
-        record_call(ATTENTION, 2 * _total_bytes([*inputs, output]))
+        record_call(ATTENTION, 2 * sum(tensor.nbytes for tensor in (*inputs, output)))
 
     modules = measured_modules(model)
     handles = [module.register_forward_hook(partial(record_module, name)) for name, module in modules.items()]
@@ -306,7 +306,7 @@ def predict_step_memory(
     saved_bytes = _extrapolate(small.saved_bytes, large.saved_bytes, batch_size)
     # AdamW allocates denominators for all parameters at once on a GPU, and two tensors for one parameter at a time on
     # the CPU
-    largest_parameter = max((_total_bytes([p]) for p in model.parameters() if p.requires_grad), default=0)
+    largest_parameter = max((p.nbytes for p in model.parameters() if p.requires_grad), default=0)
     optimizer_temporary = gradients if device_type == "cuda" else 2 * largest_parameter
     temporary = optimizer_temporary
     peak = max(saved_bytes, gradients + optimizer_temporary)
@@ -321,7 +321,7 @@ def predict_step_memory(
         peak = max(peak, saved_until + gradients_from[call] + module_temporary)
     if not small.saves_images:
         peak += batch_size * math.prod(image_shape) * first_parameter.element_size()
-    weights = _total_bytes([*model.parameters(), *model.buffers()])
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     optimizer_state = 2 * gradients
     total = weights + optimizer_state + peak
     return StepMemory(weights, gradients, optimizer_state, saved_bytes, temporary, total)
@@ -361,61 +361,7 @@ def _matrix_temporary(module: nn.Module | None, device_type: str) -> int:
 
 def _trained_bytes(module: nn.Module) -> int:
     """Return the size of the trainable parameters in bytes."""
-    return _total_bytes(p for p in module.parameters() if p.requires_grad)
-
-
-def _total_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the total size of tensors in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def predict_for_methods(
-    backbone: str,
-    batch: int = 32,
-    *,
-    img_size: int | None = None,
-    r: int = 8,
-    dtype: str = "fp32",
-    device_type: str = "cpu",
-) -> Iterator[tuple[str, tuple[int, int, int], StepMemory]]:
-    """Predict the memory of each method in `MEMORY_METHODS`.
-
-    Models are built one at a time on the CPU, with random weights and a head of 100 classes.
-
-    Args:
-        backbone: As for `create_backbone`.
-        batch: Batch size.
-        img_size: Image size in pixels. Defaults to the default size of the backbone.
-        r: Rank of the adapters.
-        dtype: `"fp32"` or `"bf16"`, for weights and activations. PEFT keeps adapters in float32.
-        device_type: `"cpu"` or `"cuda"`, the type of device to predict for.
-
-    Yields:
-        Method, `(channels, height, width)` and memory.
-
-    Raises:
-        ValueError: If a number is below 1, `dtype` or the backbone is unknown, the backbone does not support
-            `img_size`, or a method does not support `r`. This function is a generator, so errors occur during
-            iteration. Numbers and `dtype` are checked before a model is built.
-        Exception: Errors from `create_backbone`.
-    """
-    errors = [
-        f"{name} must be at least 1, got {value}"
-        for name, value in (("batch", batch), ("img_size", img_size), ("r", r))
-        if value is not None and value < 1
-    ]
-    if dtype not in _DTYPES:
-        errors.append(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    if errors:
-        raise ValueError("; ".join(errors))
-    for template in MEMORY_METHODS:
-        method = template.format(r=r)
-        build = partial(create_backbone, backbone, num_classes=_CLASSES, pretrained=False, img_size=img_size)
-        model = build_sized(build, backbone, img_size)
-        channels, height, width = resolve_model_data_config(model)["input_size"]
-        shape = (channels, height, width)
-        model = build_method(method, model.to(_DTYPES[dtype]))
-        yield method, shape, predict_step_memory(model, shape, batch, device_type=device_type)
+    return sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
 def memory_table(
@@ -427,7 +373,9 @@ def memory_table(
     r: int = 8,
     dtype: str = "fp32",
 ) -> Group:
-    """Return a table with the memory of one training step, one row per method.
+    """Return a table with the predicted memory of one training step, one row per method in `MEMORY_METHODS`.
+
+    Models are built one at a time on the CPU, with random weights and a head of 100 classes.
 
     Args:
         backbone: As for `create_backbone`.
@@ -436,23 +384,36 @@ def memory_table(
         batch: Batch size.
         img_size: Image size in pixels. Defaults to the default size of the backbone.
         r: Rank of the adapters.
-        dtype: `"fp32"` or `"bf16"`, for weights and activations.
+        dtype: `"fp32"` or `"bf16"`, for weights and activations. PEFT keeps adapters in float32.
 
     Raises:
-        ValueError: As for `predict_for_methods`.
+        ValueError: If a number is below 1, the backbone is unknown or does not support `img_size`, or a method does
+            not support `r`.
         KeyError: If `device` is none of these names.
         Exception: Errors from `create_backbone`.
     """
+    errors = [
+        f"{name} must be at least 1, got {value}"
+        for name, value in (("batch", batch), ("img_size", img_size), ("r", r))
+        if value is not None and value < 1
+    ]
+    if errors:
+        raise ValueError("; ".join(errors))
     device = device or choose_device("auto").type
     device_type = device if device in _DEVICE_TYPES else "cuda"
-    options: dict[str, Any] = {"batch": batch, "img_size": img_size, "r": r, "dtype": dtype}
     name = device
     forecast = None
     estimate = None if device in _DEVICE_TYPES else plugin("estimates", "step-time")
     if estimate is not None:  # first, since it checks the name of the device
-        name, forecast = estimate(device, backbone, **options)
-    predictions = predict_for_methods(backbone, **options, device_type=device_type)
-    rows = list(track_progress(predictions, "predicting", len(MEMORY_METHODS), make_console()))
+        name, forecast = estimate(device, backbone, batch=batch, img_size=img_size, r=r, dtype=dtype)
+    build = partial(create_backbone, backbone, num_classes=_CLASSES, pretrained=False, img_size=img_size)
+    rows: list[tuple[str, StepMemory]] = []
+    for template in track_progress(MEMORY_METHODS, "predicting", len(MEMORY_METHODS), make_console()):
+        method = template.format(r=r)
+        model = build_sized(build, backbone, img_size)
+        channels, height, width = resolve_model_data_config(model)["input_size"]
+        model = build_method(method, model.to(_DTYPES[dtype]))
+        rows.append((method, predict_step_memory(model, (channels, height, width), batch, device_type=device_type)))
     columns = ["MiB", "weights", "gradients", "optimizer state", "saved for backward", "largest temporary", "total"]
     notes = [
         "total is the peak, not the sum: the columns peak at different times, and only total includes input images "
@@ -463,11 +424,10 @@ def memory_table(
         notes += forecast.notes
     elif estimate is not None:
         notes.append(f"step times are available only for plain ViTs, not for {backbone}")
-    _, (_, height, width), _ = rows[0]
     images = f"{counted(batch, 'image')} of {height}×{width} px"
     title = f"Training step of {backbone}: {images}, {dtype}, AdamW, on {name}"
     table = make_table(columns, (), title=title)
-    for method, _, memory in rows:
+    for method, memory in rows:
         cells = [f"{part / 2**20:,.1f}" for part in astuple(memory)]
         if forecast is not None:
             kind = method.partition("-")[0]  # "lora" in "lora-8"

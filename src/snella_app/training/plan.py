@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from rich.console import Console
+from torch import nn
 
 from snella import SnellaConfig
 from snella.allocation import budget_at, schedule_length
@@ -24,7 +25,7 @@ from snella_app.config.sections import DEFAULT_BATCH_SIZE, SCHEDULE_END, OptimCo
 from snella_app.config.train import TrainConfig, command_line
 from snella_app.console import counted, print_line, print_rows
 from snella_app.data.options import DataConfig
-from snella_app.data.protocol import get_protocol
+from snella_app.data.protocol import PROTOCOLS
 from snella_app.data.transforms import build_transform, has_flips
 from snella_app.device import autocast, choose_device, choose_precision
 from snella_app.methods import find_method
@@ -42,7 +43,6 @@ from snella_app.training.linear_probe import (
     can_probe,
     can_skip_training,
     extract_features,
-    is_clearly_better,
     probe_features,
     probe_images,
     probe_indices,
@@ -69,7 +69,7 @@ _MAX_FLIPPED = 500
 def resolve(
     config: TrainConfig, data: LoadedData, parts: RunComponents, console: Console
 ) -> tuple[TrainConfig, RunComponents]:
-    """Choose the precision, image size, batch size, heads, augmentation, and epochs of a new run, in this order.
+    """Choose the precision, heads, image size, batch size, augmentation, and epochs of a new run, in this order.
 
     Fields of `config` may be `"auto"` or None. With `augment="auto"`, the transform of the training images is replaced.
 
@@ -83,6 +83,7 @@ def resolve(
     device = choose_device(config.run.device)
     protocol = config.data.protocol
     config = config.replace(precision=broadcast_from_main(lambda: choose_precision(config.optim.precision, device)))
+    config = choose_heads(parts, config)
     if config.optim.time_budget is not None:
         config = config.replace(epoch_images=None)  # `fit_epochs` sets it
     if config.optim.time_budget is not None and config.model.img_size is None:
@@ -90,8 +91,7 @@ def resolve(
         def at_size(size: int) -> RunComponents:
             return build(dataclasses.replace(config.model, img_size=size), config.method, data, device)
 
-        with_heads = choose_heads(parts, config)
-        size = broadcast_from_main(lambda: fit_image_size(parts, with_heads, at_size, console, data.started_at))
+        size = broadcast_from_main(lambda: fit_image_size(parts, config, at_size, console, data.started_at))
         if size is not None:
             parts = at_size(size)
             config = config.replace(img_size=size)
@@ -103,13 +103,11 @@ def resolve(
         parts.splits.notes.append(
             f"batch size reduced from {DEFAULT_BATCH_SIZE} to {epoch_size}, the number of {limit}"
         )
-    plan = choose_heads(parts, dataclasses.replace(config, optim=optim))
+    plan = dataclasses.replace(config, optim=optim)
     plan_data = broadcast_from_main(lambda: choose_augmentation(parts, plan.data, plan.optim))
     if plan.data.augment == "auto":
         augment = cast(Any, plan_data.augment)
-        transform = build_transform(
-            parts.data_config, train=True, augment=augment, random_erasing=plan_data.random_erasing
-        )
+        transform = build_transform(parts.data_config, augment=augment, random_erasing=plan_data.random_erasing)
         parts.splits.train = parts.splits.train.with_transform(transform)
     plan = dataclasses.replace(plan, data=plan_data)
     can_skip = can_skip_training(plan.optim, protocol)
@@ -244,7 +242,7 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
     correct_with = leave_one_out_classes([features, flipped_features], labels, num_classes) == labels
     only_without = int((correct_without & ~correct_with).sum())
     only_with = int((correct_with & ~correct_without).sum())
-    return is_clearly_better(only_without, only_with)
+    return only_without - only_with > 2.0 * math.sqrt(only_without + only_with)  # McNemar's test, two standard errors
 
 
 def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> None:
@@ -252,7 +250,7 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
     splits = parts.splits
     model = parts.model
     optim = plan.optim
-    protocol = get_protocol(plan.data.protocol)
+    protocol = PROTOCOLS[plan.data.protocol]
     matrices = matrices_of(model)
     adapter = cast(SnellaConfig, cast(PeftModel, model).peft_config["default"]) if matrices else None
     trained = trainable_parameters(model)
@@ -278,8 +276,7 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
         rows.append(("average", f"greedy soup of the last {optim.soup} epochs"))
     backbone_weights = frozen or trained  # full fine-tuning freezes no weights
     rows.append(("backbone", f"{plan.model.backbone}, {backbone_weights:,} weights, images of {height}×{width} px"))
-    matrices_text = f"; {len(matrices)} matrices, {adapted:,} adapted weights" if matrices else ""
-    rows.append(("method", f"{plan.method.name}, {trained:,} trainable parameters{matrices_text}"))
+    rows.append(("method", describe_method(plan.method.name, model)))
     if plan.model.init_from is not None:
         rows.append(("start", f"trained weights of {plan.model.init_from}, including the head"))
     else:
@@ -388,7 +385,6 @@ def shorten_hint(parts: RunComponents, factor: float) -> str:
 def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str] = SPLITS) -> RunInfo:
     """Build the record of a new or resumed run, with content digests of the splits in `names`."""
     splits = parts.splits
-    defaults = TrainConfig.from_flat(data="-", backbone="-", out="-")  # required settings have no defaults
     return RunInfo(
         status="running",
         task=parts.task.name,
@@ -415,8 +411,16 @@ def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str]
         ),
         data_config=parts.data_config,
         versions=versions_of(_PACKAGES),
-        command=command_line(plan, defaults, "train"),
+        command=command_line(plan, "train"),
     )
+
+
+def describe_method(name: str, model: nn.Module) -> str:
+    """Describe a method and its trainable parameters for the summary of a run."""
+    matrices = matrices_of(model)
+    adapted = sum(matrix.size for matrix in matrices)
+    matrices_text = f"; {len(matrices)} matrices, {adapted:,} adapted weights" if matrices else ""
+    return f"{name}, {trainable_parameters(model):,} trainable parameters{matrices_text}"
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:

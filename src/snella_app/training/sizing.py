@@ -27,7 +27,7 @@ from snella_app.config.sections import OptimConfig, budget_seconds
 from snella_app.config.train import TrainConfig
 from snella_app.console import counted, print_line
 from snella_app.data.datasets import ImageDataset
-from snella_app.data.protocol import get_protocol
+from snella_app.data.protocol import PROTOCOLS
 from snella_app.device import autocast, move_to, synchronized_time
 from snella_app.methods import find_method
 from snella_app.methods.registry import matrices_of
@@ -367,7 +367,7 @@ def fit_epochs(
 
 def _evaluations(config: TrainConfig, epochs: int) -> int:
     """Return the number of epochs that are evaluated on the selection split."""
-    protocol = get_protocol(config.data.protocol)
+    protocol = PROTOCOLS[config.data.protocol]
     return sum(protocol.is_measured(epoch, epochs) for epoch in range(1, epochs + 1))
 
 
@@ -420,7 +420,7 @@ def _measure_times(parts: RunComponents, config: TrainConfig, with_training: boo
     once_s, views_s = evaluation_seconds(dataclasses.replace(optim, precision="fp32"))
     timed_images = min(process_batch_size, len(timed_split)) * process_count()
     num_batches = {name: len(dataset) / timed_images for name, dataset in evaluated.items()}
-    selection_s = num_batches.get(str(get_protocol(data.protocol).selected_on), 0) * once_s
+    selection_s = num_batches.get(str(PROTOCOLS[data.protocol].selected_on), 0) * once_s
     fits_layers = optim.final_head == "layers"
     needs_evaluation = not (fits_layers and trained_head(parts)) or (with_training and fits_last_epoch(config))
     final_s = sum(num_batches.values()) * max(first_read_s - read_s, 0.0) + num_batches.get("test", 0) * views_s

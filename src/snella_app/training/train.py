@@ -145,8 +145,8 @@ def train(
         if not evaluate_test:
             parts.splits.test = None
         with main_process_only(record_status(run, "train", has_dataset=data is not None)):
-            trainer, step_timer = _fit(plan, run, parts, console, keep_checkpoints, render_report)
-            finish(trainer, step_timer, console, render_report)
+            trainer = _fit(plan, run, parts, console, keep_checkpoints, render_report)
+            finish(trainer, console, render_report)
     return run
 
 
@@ -177,11 +177,8 @@ def _fit(
     console: Console,
     keep_checkpoints: bool,
     render_report: bool,
-) -> tuple[SnellaTrainer, StepTimeCallback]:
+) -> SnellaTrainer:
     """Initialize the head and train, or continue training from the last checkpoint of a resumed run.
-
-    Returns:
-        The trainer, and the callback that has timed the steps.
 
     Raises:
         KeyboardInterrupt: If training was interrupted by a signal.
@@ -208,13 +205,14 @@ def _fit(
             callbacks.append(ScheduleCallback(method.schedule))
         trainer = SnellaTrainer(parts, plan, run, [*callbacks, interrupt], norm, keep_checkpoints)
         trainer.session_start = start
+        trainer.step_timer = step_timer
         display = ProgressDisplay(console, trainer, partial(shorten_hint, parts))
         for callback in (display, step_timer, StartCallback(trainer)):
             trainer.add_callback(callback)
         if trackers:
             trainer.add_callback(TrackingCallback(trainer, matrices))
         if render_report and is_main():
-            trainer.add_callback(LiveReport(trainer, step_timer))
+            trainer.add_callback(LiveReport(trainer))
         with contextlib.closing(display):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     is_incomplete = trainer.state.global_step < trainer.state.max_steps and not trainer.has_stopped_early
@@ -222,7 +220,7 @@ def _fit(
     is_saved = keep_checkpoints or interrupt.checkpoint_saved or not optim.epochs
     if is_incomplete or mean_across_processes(float(interrupt.stop_requested and is_saved)) > 0:
         raise KeyboardInterrupt
-    return trainer, step_timer
+    return trainer
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from snella import BudgetAllocator, SnellaCallback
 from snella.ops import widest_dtype
 from snella_app.config.train import TrainConfig
 from snella_app.data.datasets import ImageDataset
-from snella_app.data.protocol import get_protocol
+from snella_app.data.protocol import PROTOCOLS
 from snella_app.device import autocast, choose_device
 from snella_app.methods import method_of, save_trained
 from snella_app.methods.peft_methods import check_gradients
@@ -34,7 +34,7 @@ from snella_app.runs.folder import RunFolder
 from snella_app.tasks.task import Task
 from snella_app.text import split_text
 from snella_app.training.build import RunComponents, build_optimizer, epoch_sampler, mix_seed
-from snella_app.training.callbacks import EpochCallback, EpochSnapshots, WeightAverage
+from snella_app.training.callbacks import EpochCallback, EpochSnapshots, StepTimeCallback, WeightAverage
 from snella_app.training.checkpoints import BEST, CheckpointingTrainer, base_training_arguments, convert_write_errors
 from snella_app.training.distributed import (
     ShardedBatches,
@@ -89,7 +89,12 @@ class SnellaTrainer(CheckpointingTrainer):
         callbacks: Additional callbacks.
         feature_norm: Normalization of the head's inputs, folded into the saved head; None for no normalization.
         keep_checkpoints: If True, save a checkpoint after each epoch.
+
+    Attributes:
+        step_timer: Callback that times the steps, for the results.
     """
+
+    step_timer: StepTimeCallback
 
     def __init__(
         self,
@@ -106,7 +111,7 @@ class SnellaTrainer(CheckpointingTrainer):
         self.parts = parts
         self.plan = plan
         self.task = parts.task
-        self.protocol = get_protocol(plan.data.protocol)
+        self.protocol = PROTOCOLS[plan.data.protocol]
         self.validation_set = self.protocol.selection_part(parts.splits)
         self.feature_norm = feature_norm
         statistics = None if feature_norm is None else feature_norm.statistics

@@ -298,13 +298,13 @@ def fit_matrices(
     ]
 
 
-def kernel_curves(kernels: Sequence[str], points: int = 161) -> list[Row]:
-    """Compute κ((1, 0), (x, 0)) and its derivative for x in [−4, 4].
+def kernel_curves(kernels: Sequence[str]) -> list[Row]:
+    """Compute κ((1, 0), (x, 0)) and its derivative for 161 values of x in [−4, 4].
 
     For piecewise kernels, each entry of these vectors is a piece. All scalars are 1, except β = 0. Normalized kernels
     apply their softmax over the points of the curve. Each derivative is with respect to its own x.
     """
-    xs = torch.linspace(-_X_MAX, _X_MAX, points, dtype=torch.float64)
+    xs = torch.linspace(-_X_MAX, _X_MAX, 161, dtype=torch.float64)
     rows: list[Row] = []
     for name in kernels:
         evaluate = partial(_kernel_values, find_kernel(name))

@@ -12,9 +12,10 @@ import multiprocessing
 import random
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import timm
 import torch
 from rich.console import Console
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from snella import BudgetAllocator, create_snella_optimizer
 from snella.layer import SnellaLayer
 from snella_app.console import make_console, make_table, print_line
-from snella_app.device import synchronized_time
+from snella_app.device import choose_device, synchronized_time
 from snella_app.text import first_line
 from snella_app.training.memory import peak_rss_mib, record_forward, reset_peak_rss
 from snella_lab.bench.baselines import BASELINES, REFERENCE, Workload, random_batch
@@ -222,7 +223,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
     Raises:
         ValueError: If the device is not available.
     """
-    _check_device(config.device)
+    config = replace(config, device=str(choose_device(config.device)))
     console = console or make_console()
     rows = []
     for workload, batch in config.settings():
@@ -239,14 +240,6 @@ def bench(config: BenchConfig, console: Console | None = None) -> list[dict[str,
         for path in draw_figures(config.out, config.figures):
             print_line(console, f"figure: {path}")
     return rows
-
-
-def _check_device(device: str) -> None:
-    """Raise a ValueError if torch cannot allocate on the device."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise ValueError(f"device must be available, got {device!r} ({first_line(error)}); use device cpu") from error
 
 
 def _time(config: BenchConfig, workload: Workload, batch: int, console: Console) -> list[dict[str, Any]]:
@@ -361,16 +354,8 @@ def ratio_fields(reference: str, times: list[float], reference_times: list[float
     ratios = [time_s / reference_s for time_s, reference_s in zip(times, reference_times, strict=True)]
     return {
         f"step_over_{reference}": round(statistics.median(ratios), 3),
-        f"step_over_{reference}_quartiles": [round(quartile, 3) for quartile in quartiles(ratios)],
+        f"step_over_{reference}_quartiles": np.quantile(ratios, [0.25, 0.75]).round(3).tolist(),
     }
-
-
-def quartiles(values: list[float]) -> tuple[float, float]:
-    """Return the first and third quartiles. For a single value, both are this value."""
-    if len(values) < 2:
-        return values[0], values[0]
-    lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return lower, upper
 
 
 def _table(rows: list[dict[str, Any]], workload: Workload, batch: int) -> Table:

@@ -94,24 +94,6 @@ class Transformer:
         return 0 if self.is_llama else (self.width + 1) * self.outputs
 
 
-def _vit(width: int, depth: int, heads: int, hidden: int, patch: int) -> Transformer:
-    """Return the shape of a ViT at 224×224 pixels."""
-    return Transformer(width, depth, (224 // patch) ** 2 + 1, heads, hidden, 3 * patch**2, 3 * 224**2)
-
-
-MODELS: dict[str, Transformer] = {
-    "ViT-S/16": _vit(384, 12, 6, 1536, 16),
-    "ViT-B/16": _vit(768, 12, 12, 3072, 16),
-    "ViT-L/16": _vit(1024, 24, 16, 4096, 16),
-    "ViT-H/14": _vit(1280, 32, 16, 5120, 14),
-    "ViT-g/14": _vit(1408, 40, 16, 6144, 14),
-    "ViT-22B/14": _vit(6144, 48, 48, 24576, 14),
-    "LLaMA-7B": Transformer(4096, 32, 2048, 32, 11008, outputs=32000, is_llama=True),
-    "LLaMA-70B": Transformer(8192, 80, 2048, 64, 28672, outputs=32000, kv_width=1024, is_llama=True),
-}
-"""Shapes from the models' papers. LLaMA's samples have 2,048 tokens."""
-
-
 @dataclass(frozen=True)
 class Method:
     """Options of a method that change the cost of a step.
@@ -239,15 +221,6 @@ class StepCount:
         """Peak bytes on one device: weights, AdamW's moments, and the maximum over backward pass and optimizer step."""
         trained = _FLOAT32 * self.trainable
         return self.weights + 2 * trained + max(self.saved + self.temporary, trained)
-
-    def sharded_peak(self, devices: int) -> float:
-        """Return the peak bytes per device under FSDP2, with a share of the base weights and two gathered blocks.
-
-        Adapters, their gradients, and their moments stay replicated. Full fine-tuning shards gradients and moments too.
-        """
-        trained = _FLOAT32 * self.trainable / (devices if self.is_full else 1)
-        state = self.base_weights / devices + _FLOAT32 * self.adapters + 2 * self.block_weights + 2 * trained
-        return state + max(self.saved + self.temporary, trained)
 
     def communicated(self, devices: int, strategy: Strategy) -> float:
         """Return the bytes that each of p devices sends in a step: ring all-reduce, all-gather, and reduce-scatter.

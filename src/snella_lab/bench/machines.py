@@ -266,7 +266,10 @@ def forecast(
     return GPUS[gpu].name, None if shape is None else GpuForecast(gpu, shape, batch, r, dtype)
 
 
-def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int = 100) -> Transformer | None:
+_CLASSES = 100  # outputs of the head
+
+
+def shape_of_backbone(backbone: str, img_size: int | None = None) -> Transformer | None:
     """Return the shape of a plain timm `VisionTransformer`, or None for a different model, block, or MLP.
 
     If possible, the model is built on the meta device, which allocates no weights.
@@ -276,7 +279,7 @@ def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int =
 
     from snella_app.backbones.create import create_backbone
 
-    options: dict[str, Any] = {"num_classes": classes, "pretrained": False, "img_size": img_size}
+    options: dict[str, Any] = {"num_classes": _CLASSES, "pretrained": False, "img_size": img_size}
     try:
         with torch.device("meta"):
             model = create_backbone(backbone, **options)
@@ -297,6 +300,6 @@ def shape_of_backbone(backbone: str, img_size: int | None = None, classes: int =
         hidden=mlp.fc1.out_features,
         patch=patch,
         image=patch * model.patch_embed.num_patches,
-        outputs=classes,
+        outputs=_CLASSES,
         has_layer_scale=not isinstance(block.ls1, nn.Identity),
     )

@@ -26,8 +26,9 @@ from snella_app.config.sections import AUTO_METHOD
 from snella_app.config.train import TrainConfig
 from snella_app.console import counted, make_console, print_line
 from snella_app.data.load import is_imbalanced
-from snella_app.data.protocol import get_protocol
+from snella_app.data.protocol import PROTOCOLS
 from snella_app.device import choose_device
+from snella_app.files import write_text
 from snella_app.methods.defaults import CHOICE_METHODS
 from snella_app.runs import RunFolder
 from snella_app.runs.images import load_splits
@@ -48,7 +49,7 @@ from snella_lab.comparison.experiment import (
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.progress import ComparisonProgress
-from snella_lab.comparison.report import print_paper, write_markdown, write_page
+from snella_lab.comparison.report import MARKDOWN_FILE, markdown_tables, print_paper, write_page
 from snella_lab.comparison.rows import CellRow
 from snella_lab.comparison.run_cell import Outcome, probe_images, record_crash
 from snella_lab.comparison.search import Candidate
@@ -156,10 +157,10 @@ def _write_reports(root: Path, experiment: Experiment, rows: Rows, console: Cons
     """Write the HTML report and the Markdown tables, print the results, and return the path of the report."""
     summary = summarize(experiment, rows)
     page = write_page(root, summary)
-    write_markdown(root, summary)
+    write_text(root / MARKDOWN_FILE, markdown_tables(summary))
     print_summary(console, summary)
     print_paper(console, summary)
-    warning = get_protocol(experiment.settings.get("protocol", "standard")).warning
+    warning = PROTOCOLS[experiment.settings.get("protocol", "standard")].warning
     if warning:
         print_line(console, f"official protocol: {warning}")
     print_line(console, f"rows: {root / 'results.jsonl'}, report: {page}")

@@ -11,13 +11,15 @@ import signal
 import time
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
+
+import torch
 
 from snella_app.text import first_line
 from snella_app.training.session import TrainingInterrupted
 from snella_lab.comparison.cells import Cell
 from snella_lab.comparison.experiment import Experiment
-from snella_lab.comparison.run_cell import Outcome, run_cell, set_threads
+from snella_lab.comparison.run_cell import Outcome, run_cell
 from snella_lab.provenance import GitState, git_state, set_git_state
 
 
@@ -44,33 +46,10 @@ class Job(NamedTuple):
         """Train a cell in this process."""
         if self.folder is not None and self.folder.is_dir():  # data paths may be relative to it
             os.chdir(self.folder)
-        set_threads(self.threads)
+        os.environ["OMP_NUM_THREADS"] = str(self.threads)  # for child processes; torch has already read it
+        torch.set_num_threads(self.threads)
         set_git_state(self.state)
         return run_cell(self.root, self.experiment, cell, is_dedicated=True, keep_checkpoints=self.keep_checkpoints)
-
-
-class Executor(Protocol):
-    """Interface for training cells in parallel."""
-
-    @property
-    def slots(self) -> int:
-        """Maximum number of parallel cells, which may change at any time."""
-
-    def start(self, cell: Cell) -> None:
-        """Start a cell. The caller ensures that a slot is free."""
-
-    def wait(self, timeout_s: float) -> list[Outcome]:
-        """Wait until a cell ends or the timeout expires, and return the outcomes.
-
-        An outcome with neither a row nor an error means that the cell must be started again, or that another process
-        has claimed it.
-        """
-
-    def stop(self, cell: Cell) -> None:
-        """Stop a running cell, so that `wait` never returns its outcome."""
-
-    def close(self) -> None:
-        """Stop running cells."""
 
 
 class InThisProcess:
@@ -325,6 +304,13 @@ class OnRay:
         return min(by_cpu, by_gpu)
 
 
+Executor = InThisProcess | InProcesses | OnRay
+"""Trains cells in parallel, in at most `slots` slots. `slots` may change at any time.
+
+The caller of `start` ensures that a slot is free. An outcome of `wait` with neither a row nor an error means that the
+cell must be started again, or that another process has claimed it. `wait` never returns the outcome of a cell that
+`stop` has stopped.
+"""
 MAX_RESTARTS = 2
 """Maximum number of restarts of a cell that has lost its worker or machine."""
 _NODE_REFRESH_S = 2.0

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from snella_app.console import counted, make_table
-from snella_app.data.protocol import get_protocol
-from snella_app.files import write_text
+from snella_app.data.protocol import PROTOCOLS
 from snella_app.report.report import write_page as write_template
 from snella_app.report.style import inline_svg, shortened
 from snella_app.text import decimal_text, measure_text, percent_text, plain_text, points_text, seconds_text
@@ -207,19 +206,13 @@ def markdown_tables(summary: Summary) -> str:
         claims = [_markdown_line(list(result.texts)) for result in orderings]
         table = [heading_line, "| --- | --- | ---: | ---: | ---: |", *claims]
         paragraphs.append("**Orderings in the paper**\n\n" + "\n".join(table))
-    warning = get_protocol(summary.experiment.settings.get("protocol", "standard")).warning
+    warning = PROTOCOLS[summary.experiment.settings.get("protocol", "standard")].warning
     if warning:
         paragraphs.append(f"Official protocol: {warning}")
     if summary.failed:
         failures = [f"`{row.cell}`, {row.error}" for row in summary.failed]
         paragraphs.append(f"Failed: {'; '.join(failures)}")
     return "\n\n".join(paragraphs) + "\n"
-
-
-def write_markdown(root: Path, summary: Summary) -> Path:
-    """Write the Markdown tables next to the HTML report, and return the path of the file."""
-    write_text(root / MARKDOWN_FILE, markdown_tables(summary))
-    return root / MARKDOWN_FILE
 
 
 def _markdown_line(cells: list[str]) -> str:
@@ -290,7 +283,7 @@ def write_page(root: Path, summary: Summary) -> Path:
         "published": [row.texts for row in paper_comparison(summary)],
         "orderings": [result.texts for result in paper_orderings(experiment, rows)],
         "evaluated_epoch": _TEST_EVALUATION[protocol],
-        "warning": get_protocol(protocol).warning,
+        "warning": PROTOCOLS[protocol].warning,
         "costs": _costs(summary),
         "pareto": _pareto(summary),
         "rates": _learning_rate_figures(summary),

@@ -7,7 +7,6 @@ stored as a row.
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 import traceback
@@ -114,7 +113,7 @@ def measure_forgetting(run: Path, data: str, max_images: int, cache: Path, devic
     """
     loaded = load_run(run, device)
     parts, labels = probe_images(data, max_images)
-    transform = build_transform(loaded.info.data_config, train=False, augment="none")
+    transform = build_transform(loaded.info.data_config)
     parts = [part.with_transform(transform) for part in parts]
     adapted = probe_accuracy(head_inputs(loaded.model, parts, _PROBE_BATCH_SIZE), labels)
     backbone = loaded.info.backbone
@@ -538,9 +537,3 @@ def _error_text(error: Exception) -> str:
     if len(text) > _MAX_ERROR_LENGTH:
         text = text[:_MAX_ERROR_LENGTH] + " …"
     return f"{type(error).__name__}: {text}"
-
-
-def set_threads(threads: int) -> None:
-    """Set the number of threads of this process and of processes that it starts."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for child processes; torch has already read it
-    torch.set_num_threads(threads)

@@ -14,7 +14,7 @@ from snella_app.methods.method import Batches, Method, Options, check_by, intege
 from snella_app.methods.model_parts import is_inside, standardizes_weight
 from snella_app.methods.partial import train_head
 from snella_app.text import listed
-from snella_lab.methods.parts import attach, find_attached, mlps, remove_hooks
+from snella_lab.methods.parts import attach, mlps
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -201,11 +201,23 @@ def apply_scale_shift(module: nn.Module, inputs: tuple[Any, ...], output: Tensor
     return module.ssf(output)  # type: ignore[operator]
 
 
+def _scaled_layers(model: nn.Module) -> list[tuple[str, nn.Module, Any]]:
+    """Return the name, the layer and its child `ssf` for each layer with γ and β."""
+    children = [(name, module, module._modules.get("ssf")) for name, module in model.named_modules()]
+    return [(name, module, ssf) for name, module, ssf in children if isinstance(ssf, ScaleShift)]
+
+
+def _remove_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Remove a forward hook, also from a copy of the model, unlike the handle that the registration returns."""
+    for key in [key for key, registered in module._forward_hooks.items() if registered is hook]:
+        del module._forward_hooks[key]
+
+
 def warn_about_unused(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
     """Forward hook of the model: after the first training pass, warn about layers whose `ssf` was never called."""
     if module.training and not getattr(module, "ssf_was_checked", False):
         module.ssf_was_checked = True  # type: ignore[assignment]
-        unused = [name for name, _, ssf in find_attached(module, "ssf", ScaleShift) if not ssf.was_used]
+        unused = [name for name, _, ssf in _scaled_layers(module) if not ssf.was_used]
         if unused:
             warnings.warn(
                 f"method 'ssf' has no effect on {len(unused)} layers of {type(module).__name__}, e.g. "
@@ -266,7 +278,7 @@ def _merge_ssf(model: nn.Module) -> nn.Module:
         ValueError: If γ and β of a layer cannot be merged; no layer is changed in this case.
     """
     skipped = [module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
-    layers = list(find_attached(model, "ssf", ScaleShift))
+    layers = _scaled_layers(model)
     unsupported = [
         repr(name) for name, module, _ in layers if module not in skipped and not _is_affine_with_bias(module)
     ]
@@ -297,8 +309,8 @@ def _merge_ssf(model: nn.Module) -> nn.Module:
             weight.mul_(ssf.scale.view(-1, *[1] * (weight.ndim - 1)))
             bias.mul_(ssf.scale).add_(ssf.shift)
         delattr(module, "ssf")
-        remove_hooks(module, apply_scale_shift)
-    remove_hooks(model, warn_about_unused)
+        _remove_hook(module, apply_scale_shift)
+    _remove_hook(model, warn_about_unused)
     return model
 
 

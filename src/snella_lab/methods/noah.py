@@ -223,9 +223,7 @@ def activate(supernet: nn.Module, subnet: Subnet) -> None:
             module.active = size
 
 
-def train_supernet(
-    supernet: nn.Module, space: SubnetSpace, data: SelectionData, *, epochs: int, lr: float, weight_decay: float
-) -> Random:
+def train_supernet(supernet: nn.Module, space: SubnetSpace, data: SelectionData, *, epochs: int, lr: float) -> Random:
     """Train the supernet with AdamW, a random subnet per batch, and a per-epoch cosine learning-rate schedule.
 
     The random subnets may exceed the budget of the search space.
@@ -238,7 +236,7 @@ def train_supernet(
     """
     rng = Random(int(torch.randint(2**31, ())))
     device = next(supernet.parameters()).device
-    optimizer = torch.optim.AdamW([p for p in supernet.parameters() if p.requires_grad], lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW([p for p in supernet.parameters() if p.requires_grad], lr, weight_decay=1e-4)
     supernet.train()
     for epoch in range(epochs):
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
@@ -343,7 +341,6 @@ def _build(model: nn.Module, head: str, options: Options, batches: Batches | Non
         data,
         epochs=options.get("supernet_epochs", 10),
         lr=options.get("supernet_lr", 5e-4),
-        weight_decay=1e-4,
     )
     best = search_subnet(
         space,

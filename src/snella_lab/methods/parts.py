@@ -42,24 +42,6 @@ def attach(
         module.register_forward_hook(after)
 
 
-def find_attached(model: nn.Module, name: str, kind: type[nn.Module]) -> Iterator[tuple[str, nn.Module, Any]]:
-    """Yield `(module name, module, child)` for each module with a child `name` of class `kind`."""
-    for module_name, module in list(model.named_modules()):
-        child = module._modules.get(name)
-        if isinstance(child, kind):
-            yield module_name, module, child
-
-
-def remove_hooks(module: nn.Module, *hooks: Callable[..., Any]) -> None:
-    """Remove the forward hooks and forward pre-hooks with the given functions.
-
-    This also works for a copy of the model, unlike the `RemovableHandle` that the registration returns.
-    """
-    for hooks_by_id in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in hooks_by_id.items() if hook in hooks]:
-            del hooks_by_id[key]
-
-
 def token_blocks(method: str, model: nn.Module, head: str) -> list[tuple[str, nn.Module]]:
     """Return the blocks of a plain vision transformer, which map tokens `[batch, tokens, width]` to tokens.
 

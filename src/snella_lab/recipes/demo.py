@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from snella_app.config.train import TrainConfig
-from snella_app.console import make_console, make_table, print_heading, print_line
+from snella_app.console import make_console, make_table, print_line
 from snella_app.records.generators import MethodResult, MethodResults
 from snella_app.records.record import read
 from snella_app.records.run import Metrics
@@ -65,9 +65,10 @@ def run_demo(
     console = console or make_console(survives_closed_output=True)
     folder = Path(out)
     results = []
+    print_heading = console.rule if console.is_terminal else lambda text: print_line(console, f"--- {text} ---")
     for number, (method, method_settings) in enumerate(DEMO_METHODS.items(), start=1):
         method_folder = folder if method.startswith("snella") else folder / method
-        print_heading(console, f"{number}/{len(DEMO_METHODS)}  {method}")
+        print_heading(f"{number}/{len(DEMO_METHODS)}  {method}")
         all_settings = {**DEMO_SETTINGS, **method_settings, **settings}
         config = TrainConfig.from_flat(**all_settings, out=str(method_folder), method=method, overwrite=overwrite)
         run = train(config, console)
@@ -75,7 +76,7 @@ def run_demo(
     run = RunFolder(folder)
     run.write(MethodResults(rows=results))
     report = rewrite_report(folder, console)
-    print_heading(console, "comparison")
+    print_heading("comparison")
     train_size = {**DEMO_SETTINGS, **settings}["train_size"]
     print_line(console, f"{folder}: {train_size} training images, same test images for all methods")
     columns = ("method", "accuracy", "balanced accuracy", "trainable parameters", "seconds", "adapter MiB")

@@ -285,8 +285,6 @@ def describe_run(
         data: The training data.
         packages: Packages whose versions are recorded.
     """
-    # the command line omits settings that equal their defaults; required settings have none, so they get placeholders
-    default = type(config).from_flat(**dict.fromkeys((*config.required, "out"), "-"))
     return RunInfo(
         status="running",
         task=config.purpose,
@@ -296,15 +294,5 @@ def describe_run(
         classes=[],
         data=data,
         versions=versions_of(packages),
-        command=command_line(config, default, command),
+        command=command_line(config, command),
     )
-
-
-def describe_method(config: RunSettings, model: nn.Module) -> str:
-    """Describe the method and its trainable parameters for the summary of a run."""
-    matrices = matrices_of(model)
-    adapted = ""
-    if matrices:
-        adapted_weights = sum(matrix.size for matrix in matrices)
-        adapted = f"; {len(matrices)} matrices, {adapted_weights:,} adapted weights"
-    return f"{config.method.name}, {trainable_parameters(model):,} trainable parameters{adapted}"

@@ -118,7 +118,7 @@ def test_efficientnet_lite_recognizes_photographs():
     from snella_app.data.transforms import build_transform
 
     model = create_backbone(LITE, num_classes=1000).eval()
-    transform = build_transform(timm.data.resolve_model_data_config(model), train=False, augment="none")
+    transform = build_transform(timm.data.resolve_model_data_config(model))
     files = {
         "animals/birds/gander.png": "goose",
         "animals/birds/hen.png": "hen",

@@ -18,7 +18,7 @@ CONFIG = {
     "interpolation": "bilinear",
     "crop_pct": 1.0,
 }
-CROP = build_transform(CONFIG, train=True, augment="crop")
+CROP = build_transform(CONFIG, augment="crop")
 
 
 def noise(n: int = 12, transform=None, seed: int = 0) -> ImageDataset:
@@ -120,11 +120,6 @@ def test_an_index_beyond_the_end_is_rejected(index):
     for get in (noise().__getitem__, noise().image):
         with pytest.raises(IndexError):
             get(index)
-
-
-def test_rows_labels_and_names_must_have_equal_lengths():
-    with pytest.raises(ValueError, match="equal lengths, got 2, 1 and 3"):
-        ImageDataset(ArrayImages(np.zeros((2, 4, 4), np.uint8)), [0, 1], [0], ["a", "b", "c"])
 
 
 def test_a_pickled_dataset_has_the_same_items():

@@ -314,9 +314,7 @@ def test_transforms_do_not_change_cached_images(tmp_path):
             values = np.random.default_rng([label, index]).integers(0, 65536, (6, 16, 16)).astype(np.uint16)
             np.save(tmp_path / name / f"{index}.npy", values)
     data_config = {"input_size": (6, 16, 16), "mean": [0.5] * 6, "std": [0.2] * 6, "crop_pct": 1.0}
-    images = load_data(f"folder:{tmp_path}", DataConfig(channels=6)).train.with_transform(
-        build_transform(data_config, train=False, augment="none")
-    )
+    images = load_data(f"folder:{tmp_path}", DataConfig(channels=6)).train.with_transform(build_transform(data_config))
     first = images[0][0].clone()
     assert torch.equal(images[0][0], first)
 

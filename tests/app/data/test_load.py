@@ -111,8 +111,14 @@ def test_numbers_out_of_range_are_rejected(options, message):
 def test_several_invalid_numbers_are_reported_together():
     with pytest.raises(ValueError, match=r"test_size must be at least 1, got -3; val_fraction must be .* got 0.0"):
         DataConfig(test_size=-3, val_fraction=0.0)
-    with pytest.raises(ValueError, match=r"^seed must be .* got -2; test_seed must be in \[0, 2\^32\), got 4294967296"):
-        load_data("digits", DataConfig(test_seed=2**32), seed=-2)
+
+
+@pytest.mark.parametrize("seed", [-2, 2**32])
+def test_seeds_out_of_range_are_rejected(seed):
+    with pytest.raises(ValueError, match=rf"seed must be in \[0, 2\^32\), got {seed}"):
+        load_data("digits", seed=seed)
+    with pytest.raises(ValueError, match=rf"test_seed must be .*, got {seed}"):
+        DataConfig(test_seed=seed)
 
 
 @pytest.mark.parametrize("prefix", ["", "folder:", "csv:", "hf:", "vtab:"])

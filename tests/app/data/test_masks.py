@@ -93,7 +93,7 @@ def test_image_and_mask_are_transformed_together_and_reproducibly(tmp_path):
         Image.fromarray(np.repeat(labels[..., None], 3, 2)).save(root / "images" / f"{index:03}.png")
     config = {"input_size": (3, 32, 32), "mean": (0, 0, 0), "std": (1, 1, 1), "crop_mode": "squash", "crop_pct": 1.0}
     data = load_data(f"masks:{root}").train
-    data = data.with_transform(build_transform(config, train=True, augment="crop"))
+    data = data.with_transform(build_transform(config, augment="crop"))
     first = [data[index] for index in range(len(data))]
     for image, mask in first:
         assert mask.shape == image.shape[1:] and mask.dtype.is_signed

@@ -16,7 +16,8 @@ from snella_app.methods.defaults import (
     PROBE_METHOD,
     RECIPE_METHOD,
     REFERENCE_METHOD,
-    shown_defaults,
+    SPARSE_DEFAULTS,
+    SPARSE_RECIPES,
 )
 
 SOURCES = Path(snella_app.__file__).parents[1]
@@ -95,7 +96,7 @@ def test_method_names_are_detected(tmp_path):
 @pytest.mark.parametrize(("method", "purpose"), [(DEFAULT_METHOD, ""), (RECIPE_METHOD, "generation"),
                                                  (RECIPE_METHOD, "language")])  # fmt: skip
 def test_help_shows_the_defaults_of_the_default_method(method, purpose):
-    assert shown_defaults(purpose) == find_method(method).defaults_of(purpose)
+    assert SPARSE_RECIPES.get(purpose, SPARSE_DEFAULTS) == find_method(method).defaults_of(purpose)
 
 
 def test_missing_learning_rates_and_weight_decay_of_a_method_have_defaults(monkeypatch):

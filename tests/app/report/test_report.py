@@ -385,7 +385,7 @@ def test_images_come_from_a_function_or_are_missing():
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "F"])
 def test_images_of_any_mode_are_encoded_as_png(mode):
-    uri, width, height = image_data_uri(Image.new(mode, (28, 20)))
+    uri, width, height = image_data_uri(Image.new(mode, (28, 20)), 176)
     assert (width, height) == (28, 20)
     assert uri.startswith("data:image/png;base64,iVBOR")
 

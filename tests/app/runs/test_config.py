@@ -353,11 +353,7 @@ def test_a_tracker_listed_twice_is_used_once():
 
 def test_the_recorded_command_repeats_a_run_whose_settings_differ_from_its_preset():
     changes = {"preset": "paper", "epochs": 10, "augment": "auto", "max_grad_norm": 1.0}
-    command = command_line(
-        TrainConfig.from_flat(**REQUIRED_SETTINGS, **changes),
-        TrainConfig.from_flat(data="-", backbone="-", out="-"),
-        "train",
-    )
+    command = command_line(TrainConfig.from_flat(**REQUIRED_SETTINGS, **changes), "train")
     for option in ("--epochs 10", "--augment auto", "--max-grad-norm 1.0", "--preset paper"):
         assert option in command
     assert "--warmup-ratio" not in command

@@ -270,9 +270,10 @@ def test_a_table_with_a_prefix_may_have_any_suffix(photos):
         assert expand([f"{kind}:{photos.parent / name}"]) == [photos.parent / "all/cats" / cat.name]
 
 
-def test_new_files_are_yielded_once_when_complete(tmp_path, photos):
+def test_new_files_are_yielded_once_when_complete(tmp_path, photos, monkeypatch):
     (tmp_path / "inner").mkdir()
-    polls = new_files([tmp_path, tmp_path / "inner"], [], poll_s=0.0)
+    monkeypatch.setattr("snella_app.runs.image_inputs._POLL_S", 0.0)
+    polls = new_files([tmp_path, tmp_path / "inner"], [])
     assert next(polls) == []
     content = (photos / "cats" / "000.png").read_bytes()
     (tmp_path / "a.png").write_bytes(content[:100])

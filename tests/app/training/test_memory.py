@@ -9,9 +9,9 @@ from peft import get_peft_model
 from torch import nn
 
 from snella import SnellaConfig, create_snella_optimizer
-from snella_app.methods import build_method
+from snella_app.methods import build_method, spec_of
 from snella_app.training.build import checkpoint_gradients
-from snella_app.training.memory import measured_modules, predict_for_methods, predict_step_memory, record_forward
+from snella_app.training.memory import measured_modules, memory_table, predict_step_memory, record_forward
 
 # these steps need no allocator
 pytestmark = pytest.mark.filterwarnings("ignore:.* no budget allocator is attached:UserWarning")
@@ -200,8 +200,26 @@ def test_temporary_matrices_follow_the_implementation(impl, device_type, matrice
     assert temporary == 10 * (256 + 128) * 4 + matrices * 256 * 128 * 4
 
 
-def test_three_methods_are_predicted_at_the_requested_size():
-    rows = list(predict_for_methods("test_vit", 4, img_size=32, r=2))
+@pytest.fixture
+def predict(monkeypatch):
+    """Return a function that creates a table and returns the predicted memory of SNELLA, LoRA and full fine-tuning."""
+
+    def call(*args, **options):
+        rows = []
+
+        def record(model, shape, *args, **options):
+            rows.append((spec_of(model).name, shape, predict_step_memory(model, shape, *args, **options)))
+            return rows[-1][-1]
+
+        monkeypatch.setattr("snella_app.training.memory.predict_step_memory", record)
+        memory_table(*args, **options)
+        return rows
+
+    return call
+
+
+def test_three_methods_are_predicted_at_the_requested_size(predict):
+    rows = predict("test_vit", "cpu", batch=4, img_size=32, r=2)
     assert [method for method, _, _ in rows] == ["snella-2", "lora-2", "full"]
     assert {shape for _, shape, _ in rows} == {(3, 32, 32)}
     snella, lora, full = (memory for _, _, memory in rows)
@@ -209,25 +227,25 @@ def test_three_methods_are_predicted_at_the_requested_size():
     assert full.total > max(snella.total, lora.total)
 
 
-def test_half_precision_halves_weights_and_saved_activations():
-    (_, _, full), *_ = predict_for_methods("test_vit", 8, img_size=32)
-    (_, shape, half), *_ = predict_for_methods("test_vit", 8, img_size=32, dtype="bf16")
+def test_half_precision_halves_weights_and_saved_activations(predict):
+    (_, _, full), *_ = predict("test_vit", "cpu", batch=8, img_size=32)
+    (_, shape, half), *_ = predict("test_vit", "cpu", batch=8, img_size=32, dtype="bf16")
     # column statistics of an update stay in float32; with this few tokens they are a sixteenth of the total
     assert half.saved_bytes == pytest.approx(full.saved_bytes / 2, rel=0.08) and shape == (3, 32, 32)
     assert full.weights / 2 < half.weights < full.weights  # the factors stay in float32
 
 
-def test_predictions_do_not_depend_on_the_random_state():
+def test_predictions_do_not_depend_on_the_random_state(predict):
     torch.manual_seed(1)
-    first = [memory for _, _, memory in predict_for_methods("test_convnext", 3)]
+    first = predict("test_convnext", "cpu", batch=3)
     torch.manual_seed(2)
-    assert first == [memory for _, _, memory in predict_for_methods("test_convnext", 3)]
+    assert first == predict("test_convnext", "cpu", batch=3)
 
 
 def test_arguments_are_checked_before_a_model_is_built():
-    message = r"batch must be at least 1, got 0; img_size must be at least 1, got -3; r must be at least 1, got 0; "
-    with pytest.raises(ValueError, match=message + r"dtype must be one of fp32, bf16, got 'fp16'"):
-        next(predict_for_methods("no such model", 0, img_size=-3, r=0, dtype="fp16"))
+    message = r"batch must be at least 1, got 0; img_size must be at least 1, got -3; r must be at least 1, got 0"
+    with pytest.raises(ValueError, match=message):
+        memory_table("no such model", batch=0, img_size=-3, r=0)
 
 
 @pytest.mark.gpu

@@ -68,11 +68,11 @@ def test_linear_kernel_of_rank_two_fits_matrices_up_to_rank_two():
 
 
 def test_kernel_curves_match_the_formulas():
-    rows = {(row["kernel"], row["x"]): row for row in kernel_curves(list(KERNELS), points=9)}
+    rows = {(row["kernel"], row["x"]): row for row in kernel_curves(list(KERNELS))}
     sigma = 1 / (1 + math.exp(-2))
-    xs = np.arange(-4, 5)
+    xs = np.linspace(-4, 4, 161)
     probs = np.exp(abs(xs - 1)) / np.exp(abs(xs - 1)).sum()
-    prob = probs[6]  # at x = 2
+    prob = probs[120]  # at x = 2
     expected = {
         "linear": (2.0, 1.0),
         "p_linear": (1.0, 1.0),

@@ -16,7 +16,6 @@ from snella_app.backbones.create import create_backbone
 from snella_app.cli.commands import inspect
 from snella_lab.bench.cost_model import (
     METHODS,
-    MODELS,
     NUMBA,
     SDDMM,
     TRITON,
@@ -85,6 +84,8 @@ def test_weight_counts_match_timm(name):
 
 
 def test_shape_is_read_only_from_plain_vits():
+    from cost_model import MODELS
+
     assert shape_of_backbone("vit_base_patch16_224") == MODELS["ViT-B/16"]
     assert shape_of_backbone("vit_base_patch16_224", 112).tokens == 7 * 7 + 1
     assert shape_of_backbone("test_convnext") is None
@@ -93,6 +94,8 @@ def test_shape_is_read_only_from_plain_vits():
 
 
 def test_shape_is_read_without_allocating_weights(monkeypatch):
+    from cost_model import MODELS
+
     built = []
 
     def create(*args, **kwargs):
@@ -106,6 +109,8 @@ def test_shape_is_read_without_allocating_weights(monkeypatch):
 
 
 def test_shape_is_read_on_the_cpu_if_timm_reads_values_during_construction(monkeypatch):
+    from cost_model import MODELS
+
     devices = []
 
     def create(*args, **kwargs):
@@ -260,6 +265,8 @@ def test_steps_on_slow_links_take_the_time_of_their_bytes(strategy, method, sent
 
 
 def test_forecast_has_ranges_a_merge_share_and_a_crossing():
+    from cost_model import MODELS
+
     forecast = GpuForecast("h100", MODELS["ViT-B/16"], 64, dtype="bf16")
     for low, expected, high in (forecast.seconds("snella"), forecast.ratio("snella"), forecast.ratio("dora")):
         assert low < expected < high
@@ -284,11 +291,13 @@ def test_an_h200_differs_from_an_h100_only_in_memory_bandwidth():
 
 
 def test_communication_and_shards_match_hand_counts():
+    from cost_model import MODELS, sharded_peak
+
     step = count_step(TINY, "full", 3)
     assert step.communicated(4, "ddp") == 2 * 3 / 4 * 4 * TINY.parameters
     assert step.communicated(4, "fsdp2") == 3 / 4 * (2 + 1) * 4 * TINY.parameters
     # weights, gradients and moments are sharded; two blocks are gathered
-    assert step.sharded_peak(4) == 3 / 4 * 4 * TINY.parameters + 2 * 4 * 128 + step.saved + step.temporary
+    assert sharded_peak(step, 4) == 3 / 4 * 4 * TINY.parameters + 2 * 4 * 128 + step.saved + step.temporary
     wide = MODELS["ViT-B/16"]
     lora = count_step(wide, "lora", 3, precision="bfloat16")
     adapters = 4 * count_adapters(wide, "lora")
@@ -296,11 +305,13 @@ def test_communication_and_shards_match_hand_counts():
     # base weights are gathered in both passes, gradients all-reduced
     assert lora.communicated(4, "fsdp2") == 3 / 4 * (2 * 2 * wide.parameters + 2 * 4 * lora.trainable)
     gathered = 2 * 2 * wide.entries
-    assert lora.peak - lora.sharded_peak(4) == pytest.approx(3 / 4 * 2 * wide.parameters - gathered)
+    assert lora.peak - sharded_peak(lora, 4) == pytest.approx(3 / 4 * 2 * wide.parameters - gathered)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "snella"])
 def test_adapters_stay_replicated_at_every_rank(method):
+    from cost_model import sharded_peak
+
     # at rank 64, adapters have more parameters than the model
     small, large = (count_step(TINY, method, 3, r=r, precision="bfloat16") for r in (2, 64))
     assert large.adapters > TINY.parameters and not large.is_full
@@ -308,7 +319,7 @@ def test_adapters_stay_replicated_at_every_rank(method):
     assert large.communicated(4, "fsdp2") - small.communicated(4, "fsdp2") == 3 / 4 * 2 * 4 * added
     # adapters, two moments, and gradients; saved tensors are freed before the optimizer needs the gradients
     saved = [max(step.saved + step.temporary, 4 * step.trainable) for step in (small, large)]
-    assert large.sharded_peak(4) - small.sharded_peak(4) == 3 * 4 * added + saved[1] - saved[0]
+    assert sharded_peak(large, 4) - sharded_peak(small, 4) == 3 * 4 * added + saved[1] - saved[0]
 
 
 def test_options_of_inspect_name_every_gpu():
@@ -343,7 +354,7 @@ def test_gpu_and_bfloat16_rows_are_not_cpu_cases(tmp_path):
 
 
 def test_measured_steps_on_a_known_gpu_are_shown_with_their_predictions(tmp_path):
-    from cost_model import GPU_NAMES, measured_gpu_table
+    from cost_model import GPU_NAMES, MODELS, measured_gpu_table
 
     assert sorted(GPU_NAMES.values()) == sorted(GPUS)
     gpu = {"device": "NVIDIA H100 80GB HBM3", "dtype": "bfloat16", "batch": 64}
@@ -554,7 +565,7 @@ def test_error_figure_shows_every_held_out_row():
 
 
 def test_ratio_figure_shows_the_predictions():
-    from cost_model import ratios_figure
+    from cost_model import MODELS, ratios_figure
 
     (axes,) = ratios_figure().axes
     *lines, reference_line = axes.lines

@@ -28,6 +28,7 @@ from snella_app.records.generators import FixedLoss, LossRow
 from snella_app.records.run import BackboneInfo, DataInfo, RunInfo
 from snella_app.training.build import EpochSampler, mix_seed
 from snella_app.training.checkpoints import base_training_arguments, latest_checkpoint
+from snella_app.training.plan import describe_method
 from snella_app.training.session import lock_run, record_status
 from snella_lab.recipes.dreambooth.config import DreamBoothConfig, DreamBoothFolder
 from snella_lab.recipes.dreambooth.data import Concept, load_concept
@@ -41,7 +42,7 @@ from snella_lab.recipes.dreambooth.pipeline import (
     load_pipeline,
 )
 from snella_lab.recipes.dreambooth.report import write_generation_report
-from snella_lab.recipes.trainer import RecipeTrainer, adapt_headless, describe_method, describe_run
+from snella_lab.recipes.trainer import RecipeTrainer, adapt_headless, describe_run
 
 _LOGIT_MEAN = 0.0
 _LOGIT_STD = 1.0
@@ -398,7 +399,7 @@ def _print_summary(trainer: DreamBoothTrainer, concept: Concept) -> None:
         rows.append(("class", f"{config.class_prompt}, {config.class_images} images"))
     rows += [
         ("pipeline", f"{config.pipeline}, {config.resolution}×{config.resolution} px"),
-        ("method", describe_method(config, trainer.trained_model)),
+        ("method", describe_method(config.method.name, trainer.trained_model)),
         ("training", f"{steps}, lr {config.optim.lr:g}, on {trainer.args.device}"),
         ("optimizer", trainer.optimizer_name),
     ]

@@ -2,14 +2,9 @@
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from snella_app.files import expand_user
 from snella_app.text import listed, similar_paths
@@ -190,25 +185,3 @@ def encode(tokenizer: Any, prompt: str, response: str, max_length: int, *, learn
     ids = [*prompt_ids, *response_ids]
     labels = [*prompt_labels, *response_ids]
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
-
-
-def pad_right(items: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
-    """Collate a training batch, padded on the right."""
-    ids = [torch.tensor(item["input_ids"]) for item in items]
-    masks = [torch.ones_like(item_ids) for item_ids in ids]
-    labels = [torch.tensor(item["labels"]) for item in items]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
-        "attention_mask": pad_sequence(masks, batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-    }
-
-
-def pad_left(prompts: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:
-    """Collate prompts for generation, padded on the left, so that every answer starts at the end of its prompt."""
-    ids = [torch.tensor(prompt) for prompt in prompts]
-    masks = [torch.ones_like(prompt_ids) for prompt_ids in ids]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side="left"),
-        "attention_mask": pad_sequence(masks, batch_first=True, padding_side="left"),
-    }

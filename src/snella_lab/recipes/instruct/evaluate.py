@@ -25,7 +25,6 @@ from snella_lab.recipes.instruct.data import (
     Template,
     encode_prompt,
     extract_answer,
-    pad_left,
     read_benchmark,
 )
 from snella_lab.recipes.instruct.train import load_model, load_tokenizer
@@ -138,7 +137,8 @@ class _AnswerGenerator:
         """Generate answers to a batch of entries."""
         tokenizer = self.tokenizer
         prompts = [encode_prompt(tokenizer, self.template.fill(entry)) for entry in entries]
-        batch = {name: value.to(self.device) for name, value in pad_left(prompts, tokenizer.pad_token_id).items()}
+        # padded on the left, so that every answer starts at the end of its prompt
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.device)
         output_ids = self.model.generate(  # type: ignore[operator]
             **batch,
             max_new_tokens=self.options.max_new_tokens,

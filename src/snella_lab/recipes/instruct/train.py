@@ -5,13 +5,12 @@ Each entry of the data is encoded as token IDs and labels; see `encode`.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from snella import SnellaCallback
 from snella_app.console import counted, make_console, print_line, print_rows
@@ -22,11 +21,12 @@ from snella_app.records.generators import LossRow
 from snella_app.records.record import record_from
 from snella_app.records.run import BackboneInfo, DataInfo, RunInfo
 from snella_app.training.checkpoints import base_training_arguments
+from snella_app.training.plan import describe_method
 from snella_app.training.session import lock_run, record_status
 from snella_lab.recipes.instruct.config import LanguageConfig, LanguageFolder
-from snella_lab.recipes.instruct.data import IGNORED, Template, encode, pad_right, read_instructions
+from snella_lab.recipes.instruct.data import IGNORED, Template, encode, read_instructions
 from snella_lab.recipes.pretrained import load_pretrained
-from snella_lab.recipes.trainer import RecipeTrainer, adapt_headless, describe_method, describe_run
+from snella_lab.recipes.trainer import RecipeTrainer, adapt_headless, describe_run
 
 _PACKAGES = ("snella", "torch", "peft", "transformers", "accelerate")
 _Item = dict[str, list[int]]
@@ -48,11 +48,12 @@ def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model. See `load_pretrained` for errors.
 
     A tokenizer without a padding token pads with its unknown token or, if it has none, with its EOS token. The choice
-    does not matter, because padding is masked.
+    does not matter, because padding is masked. Training batches are padded on the right.
     """
     tokenizer = load_pretrained(AutoTokenizer, name, "model")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
     return tokenizer
 
 
@@ -133,7 +134,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, re
         ("data", f"{data}, {counted(len(train), 'instruction')}, {len(val)} held out"),
         *(("note", note) for note in notes),
         ("model", f"{config.model}, {num_weights:,} weights"),
-        ("method", describe_method(config, model)),
+        ("method", describe_method(config.method.name, model)),
         ("training", f"{counted(config.epochs, 'epoch')}, {counted(per_step, 'instruction')} per step, on {device}"),
     ]
     print_rows(console, rows)
@@ -162,7 +163,7 @@ def _fine_tune(config: LanguageConfig, run: LanguageFolder, console: Console, re
             run,
             console,
             callback,
-            data_collator=partial(pad_right, pad_id=tokenizer.pad_token_id),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
             train_dataset=train,
             eval_dataset=val or None,
             args=args,

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from snella_lab.recipes.dreambooth.evaluate import mean_cosine, paired_cosine, vendi_score
+from snella_lab.recipes.dreambooth.evaluate import vendi_score
 
 
 def test_identical_embeddings_count_as_one_image():
@@ -28,20 +28,3 @@ def test_vendi_score_of_two_embeddings_matches_the_formula(degrees):
 def test_two_pairs_of_duplicates_count_as_two():
     duplicates = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     assert vendi_score(duplicates) == pytest.approx(2.0, rel=1e-12)
-
-
-def test_cosines_average_over_all_pairs_or_rows():
-    first = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    second = torch.tensor([[3.0, 0.0], [1.0, 1.0]])
-    half = 2**-0.5
-    assert mean_cosine(first, second) == pytest.approx((1 + half + 0 + half) / 4)
-    assert paired_cosine(first, second) == pytest.approx((1 + half) / 2)
-
-
-def test_zero_or_nonfinite_embeddings_are_rejected():
-    with pytest.raises(ValueError, match=r"finite and nonzero, got 2 invalid rows of 3"):
-        vendi_score(torch.tensor([[0.0, 0.0], [1.0, 0.0], [math.nan, 1.0]]))
-    with pytest.raises(ValueError, match=r"n >= 1, got shape \[0, 4\]"):
-        mean_cosine(torch.zeros(0, 4), torch.ones(1, 4))
-    with pytest.raises(ValueError, match=r"same shape, got \[1, 4\] and \[2, 4\]"):
-        paired_cosine(torch.ones(1, 4), torch.ones(2, 4))

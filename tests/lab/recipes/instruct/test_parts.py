@@ -11,8 +11,6 @@ from snella_lab.recipes.instruct.data import (
     Template,
     encode,
     extract_answer,
-    pad_left,
-    pad_right,
 )
 from snella_lab.recipes.instruct.evaluate import _row, _scores
 from snella_lab.recipes.instruct.train import load_model
@@ -64,17 +62,6 @@ def test_labels_exclude_the_prompt_unless_learn_prompt_is_set():
     assert encode(Letters(), "ab", "cd", 10, learn_prompt=True)["labels"] == encoded["input_ids"]
     truncated = encode(Letters(), "ab", "cd", 4, learn_prompt=False)
     assert truncated == {"input_ids": [1, 97, 98, 99], "labels": [-100, -100, -100, 99]}
-
-
-def test_training_pads_right_and_generation_pads_left():
-    items = [{"input_ids": [1, 5], "labels": [-100, 5]}, {"input_ids": [1, 6, 7], "labels": [-100, 6, 7]}]
-    batch = pad_right(items, 0)
-    assert batch["input_ids"].tolist() == [[1, 5, 0], [1, 6, 7]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert batch["labels"].tolist() == [[-100, 5, -100], [-100, 6, 7]]
-    batch = pad_left([[1, 5], [1, 6, 7]], 0)
-    assert batch["input_ids"].tolist() == [[0, 1, 5], [1, 6, 7]]
-    assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
 def test_template_ignores_braces_in_instruction_and_input(tmp_path):
