@@ -259,8 +259,8 @@ def _command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     _set_help(parser)
     owner = settings_class(function)
     basic = () if owner is None else owner.basic
-    # the purpose of `snella train` is empty
-    method_defaults = {**SPARSE_RECIPES, "": SPARSE_DEFAULTS}.get(getattr(owner, "purpose", "none"), {})
+    purpose = str(getattr(owner, "purpose", None))  # empty for `snella train`
+    method_defaults = SPARSE_RECIPES.get(purpose, {}) if purpose else SPARSE_DEFAULTS
     default_method = {option.name: option.default for option in options}.get("method", "")
     basic_group: Any = parser
     advanced_group: Any = parser

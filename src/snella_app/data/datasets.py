@@ -73,6 +73,9 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
     Attributes:
         transform: Maps a decoded image to a tensor, or None to return images. Set by `with_transform`.
         seed: Seed of the augmentation.
+
+    Raises:
+        ValueError: If `rows`, `labels` and `names` differ in length.
     """
 
     def __init__(
@@ -83,6 +86,10 @@ class ImageDataset(Dataset[tuple[Any, ...]]):
         names: Sequence[str],
         annotations: Annotations | None = None,
     ) -> None:
+        if not len(rows) == len(labels) == len(names):
+            raise ValueError(
+                f"rows, labels and names must have equal lengths, got {len(rows)}, {len(labels)} and {len(names)}"
+            )
         self.source = source
         self.rows = list(rows)
         self.labels = list(labels)

@@ -122,6 +122,11 @@ def test_an_index_beyond_the_end_is_rejected(index):
             get(index)
 
 
+def test_rows_labels_and_names_must_have_equal_lengths():
+    with pytest.raises(ValueError, match="equal lengths, got 2, 1 and 3"):
+        ImageDataset(ArrayImages(np.zeros((2, 4, 4), np.uint8)), [0, 1], [0], ["a", "b", "c"])
+
+
 def test_a_pickled_dataset_has_the_same_items():
     data = noise(transform=CROP, seed=2)
     data.set_epoch(5)
