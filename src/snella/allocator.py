@@ -12,6 +12,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Self
 
 import torch
@@ -66,7 +67,7 @@ class BudgetAllocator:
             training is kept, to limit the size of checkpoints.
 
     Raises:
-        ValueError: If the model does not have this adapter, or an epoch or step count is below 1.
+        ValueError: If the model does not have this adapter, or an epoch or step count is not an integer of at least 1.
     """
 
     def __init__(
@@ -78,14 +79,11 @@ class BudgetAllocator:
         total_steps: int | None = None,
         adapter_name: str | None = None,
     ) -> None:
+        counts = {"total_epochs": total_epochs, "steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
+        for name, value in counts.items():
+            if value is not None and not (isinstance(value, Integral) and value >= 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         total_steps = total_epochs * steps_per_epoch if total_steps is None else total_steps
-        for name, value in (
-            ("total_epochs", total_epochs),
-            ("steps_per_epoch", steps_per_epoch),
-            ("total_steps", total_steps),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         self.matrices: list[AdaptedMatrix] = adapted_matrices(model, adapter_name)
         first_matrix = self.matrices[0]
         self.adapter_name = first_matrix.adapter_name
@@ -163,11 +161,14 @@ class BudgetAllocator:
             ValueError: If the optimizer contains none of the adapter's factors, or has loaded an allocator state that
                 does not match (see `load_state_dict`).
             NotImplementedError: If the optimizer is DeepSpeed's, which hides the gradients.
+            TypeError: If the optimizer wraps another one and has no hooks of its own, as timm's `Lookahead`.
         """
         if self._handles:
             raise RuntimeError("the allocator is already attached to an optimizer; call detach() first")
         _reject_deepspeed(optimizer)
         optimizer = unwrap(optimizer)
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise TypeError(f"{type(optimizer).__name__} has no optimizer hooks; attach to the optimizer that it wraps")
         if not self._is_optimized_by(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} has none of the factors of adapter {self.adapter_name!r}; create the "
@@ -314,16 +315,27 @@ class BudgetAllocator:
             excluded |= set(self.frozen)
         self._without_gradient -= self.importance.names_with_gradient() | excluded
         if self._num_gradient_checks == min(_GRADIENT_CHECK_STEPS, self.total_steps) and self._without_gradient:
-            names = [matrix.name for matrix in self.matrices if matrix.name in self._without_gradient]
-            if len(names) == len(self.matrices) and len(names) > 1:
-                remedy = "the initial update may saturate the model; lower scaling"
-            else:
-                remedy = "the loss does not depend on these layers; exclude them with exclude_modules"
+            matrices = [matrix for matrix in self.matrices if matrix.name in self._without_gradient]
+            names = listed(repr(matrix.name) for matrix in matrices)
             warnings.warn(
-                f"{len(names)} of {len(self.matrices)} adapted matrices got no gradient in the first "
-                f"{self._num_gradient_checks} steps: {listed(map(repr, names))}; {remedy}",
+                f"{len(matrices)} of {len(self.matrices)} adapted matrices got no gradient in the first "
+                f"{self._num_gradient_checks} steps: {names}; {self._gradient_remedy(matrices)}",
                 stacklevel=3,
             )
+
+    def _gradient_remedy(self, matrices: list[AdaptedMatrix]) -> str:
+        """Return the probable reason why these matrices get no gradient, with a remedy."""
+        name = self.adapter_name
+        layers = [matrix.layer for matrix in matrices]
+        if all(name in layer.merged_adapters for layer in layers):
+            return "the adapter is merged; call unmerge_adapter() before training"
+        if not any(name in layer.active_adapters for layer in layers):
+            return f"the adapter is not active; call set_adapter({name!r})"
+        if not any(layer.snella_A[name].requires_grad for layer in layers):
+            return "the factors are frozen; load the adapter with is_trainable=True"
+        if len(matrices) == len(self.matrices) and len(matrices) > 1:
+            return "the initial update may saturate the model; lower scaling"
+        return "the loss does not depend on these layers; exclude them with exclude_modules"
 
     def _finish_step(self, step: int) -> None:
         """Count a step, and reallocate the budget if due."""

@@ -6,6 +6,7 @@ During training, the allocator reduces the budget, the maximum number of nonzero
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 from torch import nn
@@ -81,5 +82,14 @@ class SnellaCallback(TrainerCallback):
     def on_train_end(  # noqa: D102
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.allocator is not None:
-            self.allocator.detach()
+        if self.allocator is None:
+            return
+        self.allocator.detach()
+        budget, target = sum(self.allocator.budgets.values()), self.allocator.target_budget
+        if args.load_best_model_at_end and budget > target:
+            warnings.warn(
+                f"the best model of the Trainer has {budget:,} entries, but the target is {target:,}, because its "
+                "checkpoint precedes the end of the budget schedule; set schedule_end in SnellaConfig, e.g. to 0.7, "
+                "or load_best_model_at_end=False",
+                stacklevel=2,
+            )

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from snella._utils import did_you_mean, has_suffix, longest_suffix
 from snella.allocation import Schedule
 from snella.backends import Implementation
-from snella.kernels import KERNELS, Kernel, make_kernel
+from snella.kernels import KERNELS, Kernel, find_kernel, make_kernel
 from snella.ops import parse_weight_gradient
 from snella.sparsify import SparsifyMode
 from snella.watch import TrainingWatch
@@ -395,6 +395,8 @@ class SnellaConfig(PeftConfig):
 
     def _choice_errors(self) -> list[str]:
         """Return messages about invalid choices, with the closest valid choice if any, and about conflicting ones."""
+        if isinstance(self.kernel, str):
+            find_kernel(self.kernel)  # adds the kernels of installed packages to `KERNELS`
         choices = {
             "preset": get_args(Preset),
             "kernel": tuple(KERNELS),

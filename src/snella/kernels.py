@@ -12,6 +12,7 @@ Shape letters: `G` stacked matrices of one weight, `m` outputs, `n` inputs, `r` 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -281,11 +282,23 @@ KERNELS: dict[str, type[Kernel]] = {
 }
 
 
+BUILT_IN_KERNELS = frozenset(KERNELS)
+"""Names of the kernels of this package."""
+
+
+def find_kernel(name: str) -> type[Kernel] | None:
+    """Return the class of a kernel, or None if neither `KERNELS` nor an installed package (`snella.kernels`) has it."""
+    if name not in KERNELS:
+        for entry in entry_points(group="snella.kernels", name=name):
+            KERNELS[name] = entry.load()
+    return KERNELS.get(name)
+
+
 def make_kernel(name: str, *, num_pieces: int = 2, softmax_dim: int = 0, center_softmax: bool = False) -> Kernel:
     """Create a kernel by name.
 
     Args:
-        name: One of `KERNELS`.
+        name: One of `KERNELS`, or a kernel that an installed package registers.
         num_pieces: `P`.
         softmax_dim: 0 or 1; see `Kernel`.
         center_softmax: See `Kernel`.
@@ -293,13 +306,14 @@ def make_kernel(name: str, *, num_pieces: int = 2, softmax_dim: int = 0, center_
     Raises:
         ValueError: If `name` is unknown, `num_pieces` is not positive, or `softmax_dim` is neither 0 nor 1.
     """
-    if name not in KERNELS:
+    kernel = find_kernel(name)
+    if kernel is None:
         raise ValueError(f"kernel must be one of {sorted(KERNELS)}, got {name!r}")
     if num_pieces < 1:
         raise ValueError(f"num_pieces must be at least 1, got {num_pieces}")
     if softmax_dim not in (0, 1):
         raise ValueError(f"softmax_dim must be 0 (over the outputs) or 1 (over the inputs), got {softmax_dim}")
-    return KERNELS[name](num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
+    return kernel(num_pieces=num_pieces, softmax_dim=softmax_dim, center_softmax=center_softmax)
 
 
 def merge_factors(

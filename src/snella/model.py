@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -145,7 +146,7 @@ class SnellaModel(BaseTuner):
             targets = default_targets(model)
             if isinstance(targets, str) and targets != "all-linear":
                 # a set of names, which `layers_to_transform` can filter
-                return _matching_names(targets, model)
+                return _full_names(_matching_names(targets, model), model)
         if not isinstance(targets, str):
             return set(targets)
         if targets.lower() != "all-linear":
@@ -164,7 +165,7 @@ class SnellaModel(BaseTuner):
         is_first_adapter = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         if is_first_adapter and (coverage := describe_coverage(model, names)):
             warnings.warn(coverage, stacklevel=2)
-        return set(names)
+        return _full_names(set(names), model)
 
     def _check_ranks(self, peft_config: SnellaConfig, model: nn.Module) -> None:
         """Reject keys of `rank_pattern` and `qkv_groups` that match no module, and factors far larger than the weights.
@@ -253,7 +254,7 @@ class SnellaModel(BaseTuner):
         if not outputs:
             return targets
         if isinstance(targets, str):
-            targets = _matching_names(targets, model)
+            return _full_names(_matching_names(targets, model) | outputs, model)
         return targets | outputs
 
     def _reject_shared_weights(self, peft_config: SnellaConfig, model: nn.Module) -> None:
@@ -743,6 +744,13 @@ def _reject_unsafe_merges(model: nn.Module) -> None:
 def _matching_names(targets: set[str] | str, model: nn.Module) -> set[str]:
     """Return the names of the modules that match the targets."""
     return {name for name, _ in model.named_modules() if _matches(targets, name)}
+
+
+def _full_names(names: set[str], model: nn.Module) -> set[str] | str:
+    """Return full module names, or an expression for them if they are also suffixes of other names, as PEFT matches."""
+    if _matching_names(names, model) == names:
+        return names
+    return "|".join(re.escape(name) for name in sorted(names))
 
 
 def _matches(targets: set[str] | str, name: str) -> bool:

@@ -95,8 +95,8 @@ def create_snella_optimizer(
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise ValueError(
-            f"{type(model).__name__} has no trainable parameter; wrap it with get_peft_model(model, SnellaConfig(…)) "
-            "and check that the adapter is active and not in inference mode"
+            f"{type(model).__name__} has no trainable parameter; wrap it with get_peft_model(model, SnellaConfig(…)), "
+            "check that the adapter is active, and load a saved adapter with is_trainable=True"
         )
     if head_lr is not None and not other_params:
         warnings.warn(

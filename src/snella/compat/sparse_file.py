@@ -104,7 +104,8 @@ class SparsePatch:
             ValueError: If the file is corrupt or has a different format.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no file {path}")
+            kind = "is a folder" if Path(path).is_dir() else "does not exist"
+            raise FileNotFoundError(f"{path} {kind}; a sparse file is written by snella export RUN --format sparse")
         try:
             with safe_open(path, "pt") as file:
                 metadata = dict(file.metadata() or {})

@@ -213,6 +213,7 @@ class TaskBank:
 
         Raises:
             ValueError: If a task is unknown, or the number of tasks differs from the number of images.
+            TypeError: If `tasks` is a string.
         """
         outputs: dict[int, Tensor] = {}
         for name, indices in self._groups(tasks, len(images)):
@@ -235,6 +236,8 @@ class TaskBank:
             ValueError: As for `__call__`, or if an image cannot be read or `batch_size` is less than 1.
         """
         check_batch_size(batch_size)
+        if isinstance(images, (str, Path)):
+            raise TypeError(f"images must be a list of files, got {str(images)!r}")
         predictions: dict[int, Any] = {}
         for name, indices in self._groups(tasks, len(images)):
             loaded = self._find(name).loaded
@@ -253,6 +256,8 @@ class TaskBank:
 
     def _groups(self, tasks: Sequence[str], num_images: int) -> list[tuple[str, list[int]]]:
         """Group image indices by task, with cached tasks first, because merging other tasks could evict them."""
+        if isinstance(tasks, str):
+            raise TypeError(f"tasks must be a list of names, one per image, got {tasks!r}")
         if len(tasks) != num_images:
             raise ValueError(f"tasks must have one name per image, got {len(tasks)} names for {num_images} images")
         groups: dict[str, list[int]] = {}

@@ -189,3 +189,12 @@ def test_a_very_elongated_image_is_rejected_as_by_each_run(folders, tmp_path):
     Image.new("RGB", (3000, 2)).save(tmp_path / "line.png")
     with pytest.raises(ValueError, match="at most 200, got 3000×2"):
         TaskBank({"animals": folders["animals"]}, device="cpu").predict([tmp_path / "line.png"], ["animals"])
+
+
+def test_a_string_instead_of_a_list_raises(folders, images):
+    bank = TaskBank(dict(list(folders.items())[:1]))
+    (name,) = bank.tasks
+    with pytest.raises(TypeError, match=r"images must be a list of files, got 'a\.png'"):
+        bank.predict("a.png", [name])
+    with pytest.raises(TypeError, match=f"tasks must be a list of names, one per image, got {name!r}"):
+        bank(images[:1], name)

@@ -1,9 +1,11 @@
 import itertools
 from functools import partial
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 
+from snella import kernels
 from snella.kernels import KERNELS, Kernel, KernelScalars, make_kernel, merge_factors, piece_distances
 
 from .formulas import merge_by_hand
@@ -221,3 +223,19 @@ def test_scalars_with_an_axis_raise(name):
     scalars = {"piece_coeff": torch.ones(2), "alpha": torch.tensor(1.0), "beta": torch.tensor(0.0)}
     with pytest.raises(ValueError, match=rf"{name} must be 0-dim, got \[3\]"):
         merge_factors(torch.ones(3, 4), torch.ones(2, 4), **{**scalars, name: torch.ones(3)})
+
+
+def test_kernels_of_installed_packages_are_found(monkeypatch):
+    class Plugged(Kernel):
+        name = "plugged"
+
+        def merge(self, A, B, scalars):
+            return B @ A.T
+
+    entry = EntryPoint("plugged", "unused:Plugged", "snella.kernels")
+    monkeypatch.setattr(EntryPoint, "load", lambda _: Plugged)
+    monkeypatch.setattr(kernels, "entry_points", lambda *, group, name: [entry] if name == entry.name else [])
+    monkeypatch.setattr(kernels, "KERNELS", dict(KERNELS))
+    with pytest.raises(ValueError, match=r"kernel must be one of .*, got 'unknown'"):
+        make_kernel("unknown")
+    assert type(make_kernel("plugged")) is Plugged

@@ -632,9 +632,11 @@ def test_overflow_inside_closure_is_not_a_skipped_step(mlp):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"total_epochs": 0}, "total_epochs must be at least 1, got 0"),
-        ({"steps_per_epoch": -3}, "steps_per_epoch must be at least 1, got -3"),
-        ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
+        ({"total_epochs": 0}, "total_epochs must be an integer of at least 1, got 0"),
+        ({"steps_per_epoch": -3}, "steps_per_epoch must be an integer of at least 1, got -3"),
+        ({"steps_per_epoch": 50 / 16}, "steps_per_epoch must be an integer of at least 1, got 3.125"),
+        ({"steps_per_epoch": "2"}, "steps_per_epoch must be an integer of at least 1, got '2'"),
+        ({"total_steps": 0}, "total_steps must be an integer of at least 1, got 0"),
         ({"adapter_name": "nobody"}, r"adapter_name must be one of \['default'\], got 'nobody'"),
     ],
 )
@@ -672,6 +674,41 @@ def test_missing_gradients_of_all_matrices_suggest_a_lower_scaling(mlp):
     message = "2 of 2 adapted matrices got no gradient in the first 5 steps: .*; the initial update may saturate"
     with pytest.warns(UserWarning, match=message):
         train(mlp, model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "remedy"),
+    [
+        (lambda model: model.merge_adapter(), r"the adapter is merged; call unmerge_adapter\(\) before training"),
+        (lambda model: model.base_model.requires_grad_(False), "the factors are frozen; load .* is_trainable=True"),
+        (lambda model: model.base_model.set_adapter("other"), r"the adapter is not active; call set_adapter\('default'\)"),
+    ],
+)
+def test_missing_gradients_of_unused_adapters_name_the_reason(mlp, prepare, remedy):
+    model = mlp.adapted()
+    model.add_adapter("other", mlp.config())
+    optimizer = make_optimizer(model)
+    allocator = make_allocator(model)
+    prepare(model)
+    allocator.importance.update = lambda *_: None
+    allocator.importance.names_with_gradient = set
+    for matrix in allocator.matrices:
+        matrix.layer.is_applied = True
+    for _ in range(4):
+        allocator._update_importance()
+    with pytest.warns(UserWarning, match=f"2 of 2 adapted matrices got no gradient in the first 5 steps: .*; {remedy}"):
+        allocator._update_importance()
+    assert optimizer is not None
+
+
+def test_optimizer_without_hooks_raises(mlp):
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.param_groups, self.state = inner.param_groups, inner.state
+
+    model = mlp.adapted()
+    with pytest.raises(TypeError, match="Lookahead has no optimizer hooks; attach to the optimizer that it wraps"):
+        make_allocator(model).attach(Lookahead(make_optimizer(model)))
 
 
 def test_two_step_training_lists_matrices_without_gradient(mlp):

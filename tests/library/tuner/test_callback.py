@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -34,7 +36,7 @@ class StopAfter(TrainerCallback):
             control.should_training_stop = True
 
 
-def trainer(case, folder, *callbacks, **settings):
+def trainer(case, folder, *callbacks, eval_dataset=None, **settings):
     transformers.set_seed(0)
     config = case.config(modules_to_save=["classifier"], target_modules=["q_proj", "v_proj", "fc1"])
     model = get_peft_model(case.base(), config)
@@ -51,7 +53,12 @@ def trainer(case, folder, *callbacks, **settings):
     args = TrainingArguments(str(folder), **defaults | settings)
     optimizer = create_snella_optimizer(model, lr=1e-2)
     return Trainer(
-        model=model, args=args, train_dataset=Images(), callbacks=list(callbacks), optimizers=(optimizer, None)
+        model=model,
+        args=args,
+        train_dataset=Images(),
+        eval_dataset=eval_dataset,
+        callbacks=list(callbacks),
+        optimizers=(optimizer, None),
     )
 
 
@@ -163,3 +170,21 @@ def test_training_again_after_an_interruption_detaches_the_first_allocator(vit, 
     run.remove_callback(interrupt)
     run.train()
     assert first is not callback.allocator and not first._handles
+
+
+@pytest.mark.parametrize("schedule_end", [None, 0.3])
+def test_a_best_model_above_the_target_budget_is_reported(vit, tmp_path, schedule_end):
+    settings = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
+    settings |= {"metric_for_best_model": "rank", "greater_is_better": False}
+    run = trainer(vit, tmp_path, SnellaCallback(), eval_dataset=Images(4), **settings)
+    for layer in (module for module in run.model.modules() if hasattr(module, "snella_config")):
+        layer.snella_config["default"].schedule_end = schedule_end
+    epochs = iter(range(3))
+    run.compute_metrics = lambda _: {"rank": next(epochs)}  # the first epoch is the best
+    with warnings.catch_warnings(record=True) as records:
+        warnings.simplefilter("always")
+        run.train()
+    messages = [str(record.message) for record in records if "best model of the Trainer" in str(record.message)]
+    assert len(messages) == (schedule_end is None)
+    if messages:
+        assert "set schedule_end in SnellaConfig, e.g. to 0.7, or load_best_model_at_end=False" in messages[0]

@@ -153,3 +153,10 @@ def test_tensors_that_share_memory_are_saved(tmp_path):
 
 def test_no_positions_are_encoded_as_no_bytes():
     assert decode_positions("gaps", torch.zeros(0, dtype=torch.uint8)).tolist() == []
+
+
+def test_a_folder_or_missing_file_raises(tmp_path):
+    remedy = "a sparse file is written by snella export RUN --format sparse"
+    for path, kind in ((tmp_path, "is a folder"), (tmp_path / "no.safetensors", "does not exist")):
+        with pytest.raises(FileNotFoundError, match=rf"{path.name} {kind}; {remedy}"):
+            SparsePatch.read(path)

@@ -14,6 +14,7 @@ from torch import nn
 
 from snella import SnellaConfig, SnellaModel
 from snella import targets as targets_module
+from snella.layer import SnellaLayer
 from snella.matrices import adapted_matrices
 from snella.targets import all_linear_names, block_number, count_rows, head_layers, plain_convolution_names
 
@@ -53,6 +54,31 @@ def test_all_linear_excludes_head_patch_embedding_and_patch_merging(cases):
         modules = adapted_modules(cases[name].base(), target_modules="all-linear")
         assert modules
         assert not [module for module in modules if set(excluded) & set(module.split("."))], name
+
+
+class _Embedded(nn.Module):
+    """Transformer in a model whose other layers have names that end layers of the transformer."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = timm.create_model("test_vit", num_classes=0, img_size=32)
+        self.proj = nn.Linear(64, 32)
+        self.head = nn.Linear(32, 5)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_default_targets_are_full_names(targets):
+    backbone = timm.create_model("test_vit", num_classes=0, img_size=32)
+    for model in (nn.Sequential(backbone, nn.Linear(64, 10)), _Embedded()):
+        expected = set(all_linear_names(model))
+        adapted = get_peft_model(model, SnellaConfig(r=4, target_modules=targets))
+        assert {matrix.module_name for matrix in _layers(adapted)} == expected
+        loaded = adapted.peft_config["default"]
+        assert isinstance(loaded.target_modules, str), "a set of these names would match other modules"
+
+
+def _layers(model):
+    return [module for module in model.modules() if isinstance(module, SnellaLayer)]
 
 
 def test_all_linear_is_case_insensitive(mlp):
