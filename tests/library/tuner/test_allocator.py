@@ -681,7 +681,7 @@ def test_missing_gradients_of_all_matrices_suggest_a_lower_scaling(mlp):
     [
         (lambda model: model.merge_adapter(), r"the adapter is merged; call unmerge_adapter\(\) before training"),
         (lambda model: model.base_model.requires_grad_(False), "the factors are frozen; load .* is_trainable=True"),
-        (lambda model: model.base_model.set_adapter("other"), r"the adapter is not active; call set_adapter\('default'\)"),
+        (lambda model: model.base_model.set_adapter("other"), r"adapter is not active; call set_adapter\('default'\)"),
     ],
 )
 def test_missing_gradients_of_unused_adapters_name_the_reason(mlp, prepare, remedy):
@@ -696,7 +696,7 @@ def test_missing_gradients_of_unused_adapters_name_the_reason(mlp, prepare, reme
         matrix.layer.is_applied = True
     for _ in range(4):
         allocator._update_importance()
-    with pytest.warns(UserWarning, match=f"2 of 2 adapted matrices got no gradient in the first 5 steps: .*; {remedy}"):
+    with pytest.warns(UserWarning, match=f"2 of 2 adapted matrices got no gradient in the first 5 steps: .*{remedy}"):
         allocator._update_importance()
     assert optimizer is not None
 
