@@ -50,8 +50,15 @@ def test_commands_of_an_experiment_file_are_valid(path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_pages_have_commands_costs_and_results_of_the_paper(page):
+def test_pages_have_commands_and_estimates_of_their_cost(page):
     text = (ROOT / "docs" / f"{page}.md").read_text()
     assert page_commands(page)
-    assert re.search(r"^##+ Cost$", text, re.MULTILINE)
-    assert "paper" in text.split("<!-- cost ends -->")[1]
+    assert "(notes/paper.md#cost-of-the-papers-tables)" in text
+
+
+def test_notes_estimate_the_cost_of_each_task():
+    text = (ROOT / "docs/notes/paper.md").read_text()
+    section = text.split("## Cost of the paper's tables\n")[1]
+    section = section.split("\n## ")[0]
+    for row in ("table1-vtab", "table1-fgvc", "SAM ViT-B", "training one subject", "170,000 examples"):
+        assert re.search(rf"^\| [^|]*{re.escape(row)}", section, re.MULTILINE), row
