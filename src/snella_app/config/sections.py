@@ -163,8 +163,8 @@ class OptimConfig(BaseOptimConfig):
         time_budget: Approximate training time, e.g. 30m or 1h30m. Measures a training step and sets the number of
             epochs, epoch_images and, unless given, img_size: the largest size at which `epochs` epochs fit, but at
             least half the largest size at which the final head alone fits.
-        early_stopping: Stop after N epochs without improvement. With budgets (snella, snell), training continues at
-            least until the target sparsity is reached, by default after 70% of the epochs.
+        early_stopping: Stop after N evaluated epochs without improvement. With budgets (snella, snell), training
+            continues at least until the target sparsity is reached, by default after 70% of the epochs.
         batch_size: Batch size; defaults to 32, or to all images of an epoch if there are fewer. auto selects the
             largest power of two up to 256 per process that fits into memory and leaves at least 10 steps per epoch.
         accumulate: Gradient accumulation: number of batches per optimizer step.

@@ -171,27 +171,18 @@ class SnellaTrainer(CheckpointingTrainer):
 
     @property
     def has_stopped_early(self) -> bool:
-        """True if the latest epoch is at least `early_stopping` epochs after the best one.
+        """True if at least `early_stopping` evaluated epochs follow the best one.
 
-        Only evaluated epochs within the target budget are considered, so a run does not stop before it reaches the
-        target sparsity.
+        Only epochs within the target budget count, so a run does not stop before it reaches the target sparsity.
         """
         patience = self.plan.optim.early_stopping
         allocator = self.allocator
         if patience is None:
             return False
-        ranks: list[tuple[tuple[float, float], int]] = []
-        for row in self.history:
-            if allocator is not None and row["budget"] > allocator.target_budget:
-                continue
-            score = self.selection_score(row)
-            if math.isfinite(score[0]):
-                ranks.append((score, -row["epoch"]))  # the first of equal epochs ranks highest
-        if not ranks:
-            return False
-        best_epoch = -max(ranks)[1]
-        last_epoch = -ranks[-1][1]
-        return last_epoch - best_epoch >= patience
+        rows = (row for row in self.history if allocator is None or row["budget"] <= allocator.target_budget)
+        scores = map(self.selection_score, rows)
+        evaluated = [score for score in scores if math.isfinite(score[0])]
+        return bool(evaluated) and len(evaluated) - 1 - evaluated.index(max(evaluated)) >= patience
 
     @property
     def allocator(self) -> BudgetAllocator | None:

@@ -69,6 +69,14 @@ def test_early_stopping_ends_training_without_improvement(final_head, settings, 
     assert (load_run(run).probe is not None) == (final_head == "layers")
 
 
+def test_early_stopping_counts_only_evaluated_epochs(settings, console):
+    values = {**NO_UPDATES, "method": "linear", "epochs": 22, "early_stopping": 2, "protocol": "official"}
+    values.pop("scalar_lr")
+    run = train(settings(**values), console)
+    assert [row["epoch"] for row in history_of(run) if "test_loss" in row] == [1, 11, 13]
+    assert history_of(run)[-1]["epoch"] == 13 and "stopped after epoch 13 of 22" in console.file.getvalue()
+
+
 def test_early_stopping_waits_for_the_target_sparsity(settings, console):
     run = train(settings(**NO_UPDATES, epochs=5, early_stopping=1), console)
     rows, allocation = history_of(run), run.read_json("allocation.json")
