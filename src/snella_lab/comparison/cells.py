@@ -12,7 +12,14 @@ from typing import Any, TypeAlias
 
 from snella_app.config.train import TrainConfig
 from snella_app.methods import find_method
-from snella_lab.comparison.experiment import DataEntry, Experiment, MethodEntry, folder_name, make_config
+from snella_lab.comparison.experiment import (
+    DataEntry,
+    Experiment,
+    MethodEntry,
+    default_weight_decay,
+    folder_name,
+    make_config,
+)
 from snella_lab.comparison.rows import CellRow, SearchChoice
 from snella_lab.comparison.search import Candidate, TuningResult, next_tuning_runs
 
@@ -125,7 +132,7 @@ def units(experiment: Experiment) -> list[Unit]:
     seeds = tuple(range(experiment.seeds))
     independent: list[Unit] = []
     for data, method in itertools.product(experiment.data, experiment.methods):
-        default_decay = experiment.config(method, data).optim.weight_decay or 0.0
+        default_decay = default_weight_decay(experiment.config(method, data))
         first_runs = next_tuning_runs(experiment.grid, default_decay, {})
         if isinstance(first_runs, list):
             independent.append((data, method, seeds))
@@ -217,7 +224,7 @@ class _Pair:
         self._method = method
         self.seeds: tuple[int, ...] = ()
         self._defaults = experiment.config(method, data)
-        self._default_decay = self._defaults.optim.weight_decay or 0.0
+        self._default_decay = default_weight_decay(self._defaults)
         self._runs: dict[str, _Run] = {}
         self._ready: list[Cell] | None = None
 
@@ -247,7 +254,7 @@ class _Pair:
         grid = self._experiment.grid
         if ready[0].candidate.weight_decay is not None:  # the learning rate has been selected already
             return len(ready) + num_finals
-        decays = {decay for decay in grid.weight_decays if decay != self._default_decay}
+        decays = grid.other_weight_decays(self._default_decay)
         return len(ready) + len(decays) * grid.seeds + num_finals
 
     def _next(self) -> list[Cell]:

@@ -5,6 +5,7 @@ A task is a dataset with its settings. An experiment trains every method on ever
 
 import dataclasses
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -268,6 +269,11 @@ def make_config(method: MethodEntry, data: DataEntry, shared: Mapping[str, Any],
     return TrainConfig.from_flat(**{**settings, **values}).resolved()
 
 
+def default_weight_decay(config: TrainConfig) -> float:
+    """Return the weight decay of resolved settings, which is 0 for methods without one."""
+    return config.optim.weight_decay or 0.0
+
+
 _DESCRIPTIONS = ("name", "about", "command", "cost", "expected")
 """Fields that describe the experiment and have no effect on training."""
 _ENTRIES = ("methods", "data")
@@ -294,6 +300,10 @@ class Grid:
     weight_decays: tuple[float, ...] = (0.0, 0.1)
     max_extensions: int = 2
     seeds: int = 1
+
+    def other_weight_decays(self, default: float) -> list[float]:
+        """Return the weight decays that differ from the method's default, in ascending order."""
+        return sorted({decay for decay in self.weight_decays if decay != default})
 
 
 _GRID_AXES = ("lr_factors", "weight_decays")
@@ -352,10 +362,10 @@ class Experiment:
             errors.append(f"task must be one of {', '.join(MEASURES)} in a comparison, got {task!r}")
         errors += unknown_keys("train", self.settings, SHARED_SETTINGS) or self._cell_errors()
         errors += published_errors(self.published, [d.name for d in self.data], [d.group for d in self.data])
-        if self.settings.get("protocol") == "official" and self.has_search:
+        if self.settings.get("protocol") == "official" and not errors and self.has_search:
             errors.append(
-                "grid.lr_factors must be one number and grid.weight_decays must be [] with protocol 'official', which "
-                "has no validation set for tuning, got "
+                "grid.lr_factors must be one number and grid.weight_decays must be [] or the default with protocol "
+                "'official', which has no validation set for tuning, got "
                 f"{list(self.grid.lr_factors)} and {list(self.grid.weight_decays)}"
             )
         if errors:
@@ -363,8 +373,14 @@ class Experiment:
 
     @property
     def has_search(self) -> bool:
-        """True if the grid has several learning rates or any weight decay to try."""
-        return len(set(self.grid.lr_factors)) > 1 or len(self.grid.weight_decays) > 0
+        """True if the grid has several learning rates, or weight decays to try."""
+        return len(set(self.grid.lr_factors)) > 1 or self.tunes_weight_decay
+
+    @property
+    def tunes_weight_decay(self) -> bool:
+        """True if the grid has a weight decay that differs from the default of a method."""
+        pairs = itertools.product(self.methods, self.data) if self.grid.weight_decays else ()
+        return any(self.grid.other_weight_decays(default_weight_decay(self.config(*pair))) for pair in pairs)
 
     @property
     def measures(self) -> dict[str, str]:

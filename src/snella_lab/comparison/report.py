@@ -264,7 +264,7 @@ def write_page(root: Path, summary: Summary) -> Path:
     tuned: list[str] = []
     if len(set(grid.lr_factors)) > 1:
         tuned.append("learning rate")
-    if grid.weight_decays:
+    if experiment.tunes_weight_decay:
         tuned.append("weight decay")
     tables: list[dict[str, Any]] = []
     if summary.finals:

@@ -106,7 +106,7 @@ def next_tuning_runs(grid: Grid, default_weight_decay: float, results: Results) 
     If the grid has a single candidate, the choice is returned at once, because no tuning run is needed.
     """
     factors = sorted(set(grid.lr_factors))
-    decays = sorted({decay for decay in grid.weight_decays if decay != default_weight_decay})
+    decays = grid.other_weight_decays(default_weight_decay)
     if len(factors) == 1 and not decays:
         only = Candidate(factors[0])
         return Choice(only, (only,), lr_on_edge=False, weight_decay_on_edge=False)

@@ -104,6 +104,15 @@ def test_invalid_settings_are_rejected(changes, message, tiny):
         tiny(**changes)
 
 
+def test_the_default_weight_decays_are_no_search(tiny):
+    grid = {"lr_factors": [1.0], "weight_decays": [1e-4]}
+    experiment = tiny(methods=["linear"], grid=grid, train={"protocol": "official"})
+    assert experiment.config(experiment.methods[0], experiment.data[0]).optim.weight_decay == 1e-4
+    assert not experiment.has_search
+    with pytest.raises(ValueError, match=r"grid.weight_decays must be \[\] .*, got \[1.0\] and \[0.0001, 0.1\]"):
+        tiny(methods=["linear"], grid={**grid, "weight_decays": [1e-4, 0.1]}, train={"protocol": "official"})
+
+
 def test_empty_options_of_a_method_are_the_defaults(tiny):
     assert tiny(methods=[{"method": "linear", "options": None}]).methods == tiny(methods=["linear"]).methods
 
