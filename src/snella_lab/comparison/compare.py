@@ -305,7 +305,8 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     require_single_process("choosing a method")
     console = console or make_console(survives_closed_output=True)
     run = RunFolder(str(config.run.out))
-    stored_method = run.resolve_settings(config.replace(method=CHOICE_METHODS[0])).method.name
+    default_method = TrainConfig.settings()["method"].default  # agrees with any stored method
+    stored_method = run.resolve_settings(config.replace(method=default_method)).method.name
     if config.run.resume and stored_method != AUTO_METHOD and run.status is not None:
         return config.replace(method=stored_method)
     root = Path(f"{str(config.run.out).rstrip('/')}{CHOICE_SUFFIX}")

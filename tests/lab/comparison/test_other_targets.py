@@ -16,6 +16,7 @@ from snella_app.methods import check_method, find_method
 from snella_app.methods.defaults import CHOICE_METHODS
 from snella_app.records.record import read
 from snella_app.records.run import RunInfo
+from snella_app.runs import RunFolder
 from snella_app.text import decimal_text, percent_text
 from snella_app.training.session import TrainingInterrupted
 from snella_lab.comparison import compare as module
@@ -148,6 +149,14 @@ def test_auto_selects_the_method_recommended_on_validation_images(
     assert read(RunInfo, tmp_path / "run").method == chosen.method.name
     assert main(["train", *args, "--method", "auto"]) == 2
     assert "contains a finished run" in capsys.readouterr().err
+
+
+def test_auto_keeps_the_method_of_a_resumed_run(tmp_path):
+    values = {"data": "digits", "backbone": "test_vit", "out": str(tmp_path / "run")}
+    run = RunFolder(tmp_path / "run")
+    run.prepare(TrainConfig.from_flat(**values, method="lora-8").resolved(), is_resumed=False)
+    run.update("interrupted")
+    assert choose_method(TrainConfig.from_flat(**values, method="auto", resume=True)).method.name == "lora-8"
 
 
 def test_auto_keeps_a_folder_that_it_did_not_write(small_choice, table, tmp_path, console):
