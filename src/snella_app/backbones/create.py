@@ -96,8 +96,8 @@ def _read_folder(path: Path) -> tuple[Path, bool]:
 
 _logger = logging.getLogger(__name__)
 _PROBE_TIMEOUT_S = 5.0
-_NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
-"""Packages whose errors count as connection failures, unless the error contains a server's response."""
+_NETWORK_ERRORS = {"NetworkError", "TimeoutException", "ProxyError", "RemoteProtocolError"}
+"""Names of the connection and timeout errors of the Hub's client, which is httpx or httpx2."""
 
 
 def create_from_hub(name: str, *, pretrained: bool, img_size: int | None = None, **options: Any) -> nn.Module:
@@ -114,7 +114,7 @@ def create_from_hub(name: str, *, pretrained: bool, img_size: int | None = None,
 
     Raises:
         ConnectionError: If the Hub is unreachable and the cache lacks the files.
-        ValueError: If the Hub does not provide the files.
+        ValueError: If the Hub does not provide the files, or its URL is invalid.
     """
     with cache_only_if_unreachable() as reason:
         try:
@@ -146,6 +146,9 @@ def cache_only_if_unreachable() -> Iterator[str | None]:
     """Switch the Hub client to offline mode inside the context if one short request fails.
 
     Yields the reason for offline mode, or None if the Hub answers. A client that was offline before stays offline.
+
+    Raises:
+        ValueError: If the Hub's URL is invalid.
     """
     was_offline = constants.HF_HUB_OFFLINE
     reason = "HF_HUB_OFFLINE is set" if was_offline else None
@@ -154,7 +157,9 @@ def cache_only_if_unreachable() -> Iterator[str | None]:
             huggingface_hub.get_session().head(constants.ENDPOINT, timeout=_PROBE_TIMEOUT_S)
         except Exception as error:
             if not _is_network_error(error):
-                raise
+                raise ValueError(
+                    f"HF_ENDPOINT must be the URL of a Hub, got {constants.ENDPOINT!r}: {first_line(error)}"
+                ) from error
             reason = first_line(error).rstrip(".")
             _logger.info("the Hub is unreachable (%s); using the local cache", reason)
     constants.HF_HUB_OFFLINE = reason is not None
@@ -169,10 +174,10 @@ def _is_network_error(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
             return True
-        has_response = getattr(error, "response", None) is not None  # of httpx and requests
+        has_response = getattr(error, "response", None) is not None
         if has_response or isinstance(error, (HTTPError, HfHubHTTPError)):
             return False  # the server answered
-        is_from_client = type(error).__module__.partition(".")[0] in _NETWORK_MODULES
+        is_from_client = any(kind.__name__ in _NETWORK_ERRORS for kind in type(error).__mro__)
         if is_from_client or isinstance(error, (ConnectionError, TimeoutError, URLError)):
             return True
         error = error.__cause__

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -119,6 +120,14 @@ def test_a_response_with_an_error_status_is_no_network_error(hub, closed_port):
     with pytest.raises(Exception, match="refused") as refused:
         client.get(f"http://127.0.0.1:{closed_port}")
     assert create._is_network_error(refused.value)
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:80", "ftp://127.0.0.1", "http://[::1"])
+def test_an_invalid_address_is_not_reported_as_an_unreachable_hub(endpoint, monkeypatch):
+    point_hub_at(endpoint, monkeypatch)
+    with pytest.raises(ValueError, match=f"HF_ENDPOINT must be the URL of a Hub, got {re.escape(repr(endpoint))}: "):
+        create_backbone("test_vit", num_classes=2)
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_weights_are_downloaded_once_and_then_read_from_the_cache(hub, tiny_vit, images, closed_port, monkeypatch):
