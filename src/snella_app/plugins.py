@@ -21,14 +21,16 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 
-def plugin(group: str, name: str) -> Any:
+def plugin(group: str, name: str, reserved: frozenset[str] = frozenset()) -> Any:
     """Load the object registered as `name` in `snella.{group}`, or return None if no package registers it.
+
+    Entries whose name is reserved or taken are skipped with a warning.
 
     Raises:
         ImportError: If the module cannot be imported.
         AttributeError: If the module does not define the object.
     """
-    entry = _entries(group).get(name)
+    entry = _entries(group, reserved).get(name)
     return None if entry is None else entry.load()
 
 

@@ -35,14 +35,18 @@ def example(tmp_path):
     return tmp_path
 
 
-def snella(folder, *args):
-    """Run the command line with the packages in a folder."""
+def python(folder, code, *args):
+    """Run code with the packages in a folder."""
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    code = "import sys; from snella_app.cli.main import main; sys.exit(main())"
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "100"}
     return subprocess.run(
         [sys.executable, "-c", code, *args], cwd=folder, env=environment, capture_output=True, text=True
     )
+
+
+def snella(folder, *args):
+    """Run the command line with the packages in a folder."""
+    return python(folder, "import sys; from snella_app.cli.main import main; sys.exit(main())", *args)
 
 
 def test_a_method_and_a_data_format_of_another_package_are_trained(example):
@@ -104,12 +108,18 @@ def test_a_plugin_with_an_import_error_is_reported_and_skipped(group, tmp_path):
 def test_a_plugin_cannot_replace_a_method(tmp_path):
     project = {"name": "thief", "version": "1", "entry-points": {"snella.methods": {"lora": "snella_thief:X"}}}
     install(tmp_path, project, ("snella_thief", "X = None"))
-    code = "from snella_app.methods import METHODS; print(METHODS['lora'].source)"
-    process = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
+    process = python(tmp_path, "from snella_app.methods import METHODS; print(METHODS['lora'].source)")
     assert "thief registers 'lora' in snella.methods, but the name is taken; ignored" in process.stderr
     assert "2106.09685" in process.stdout
+
+
+def test_a_plugin_cannot_replace_a_timm_model(tmp_path):
+    project = {"name": "thief", "version": "1", "entry-points": {"snella.backbones": {"test_vit": "snella_thief:X"}}}
+    install(tmp_path, project, ("snella_thief", "raise RuntimeError('stolen')"))
+    code = "from snella_app.backbones.create import create_backbone; print(create_backbone('test_vit', num_classes=2, "
+    process = python(tmp_path, f"{code}pretrained=False))")
+    assert "thief registers 'test_vit' in snella.backbones, but the name is taken; ignored" in process.stderr
+    assert "stolen" not in process.stderr and "VisionTransformer" in process.stdout
 
 
 def test_a_plugin_cannot_replace_a_command(tmp_path):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 from urllib.error import HTTPError, URLError
@@ -50,9 +51,15 @@ class NamedBackbone:
     load: Callable[[nn.Module], None]
 
 
+@cache
+def _timm_names() -> frozenset[str]:
+    """Return the names of timm's models and weights, which packages cannot register."""
+    return frozenset([*timm.list_models(), *timm.list_pretrained()])
+
+
 def packaged_names() -> list[str]:
     """Return the names of the backbones registered by packages."""
-    return list(plugins("backbones"))
+    return list(plugins("backbones", _timm_names()))
 
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
@@ -237,7 +244,7 @@ def create_backbone(
     if img_size is not None and img_size < 1:
         raise ValueError(f"img_size must be at least 1 pixel, got {img_size}")
     options: dict[str, Any] = {"num_classes": num_classes}
-    packaged = plugin("backbones", name)
+    packaged = plugin("backbones", name, _timm_names())
     is_on_hub = name.startswith(_HUB_PREFIXES)
     path = None if packaged is not None or is_on_hub else _as_path(name)
     if weights is not None and (packaged is not None or is_on_hub or path is not None):
