@@ -107,6 +107,7 @@ class Config:
     arguments of `from_flat` omit the section. The flat name of a field is its name unless `flat_names` overrides it.
 
     Attributes:
+        given: Flat names of the settings passed to `from_flat`, except those that `replace` has changed since.
         flat_names: Flat names that differ from the field name, by field.
         basic: Flat names of the settings that most users need, which come first in help texts and settings files.
         positional: Flat names of positional arguments on the command line.
@@ -115,6 +116,7 @@ class Config:
         fractions: Fields that must be in [0, 1).
     """
 
+    given: ClassVar[frozenset[str]] = frozenset()
     flat_names: ClassVar[Mapping[str, str]] = {}
     basic: ClassVar[tuple[str, ...]] = ()
     positional: ClassVar[tuple[str, ...]] = ()
@@ -168,7 +170,9 @@ class Config:
 
     def replace(self, **settings: Any) -> Self:
         """Return a copy with some settings changed, by flat name."""
-        return self.from_flat(**{**self.flat(), **settings})
+        config = self.from_flat(**{**self.flat(), **settings})
+        object.__setattr__(config, "given", self.given - settings.keys())
+        return config
 
     def coerce_fields(self) -> list[str]:
         """Check each value against its annotation, convert it to a plain value, and return the errors.
@@ -218,6 +222,7 @@ class Config:
     def _collect(cls, settings: Mapping[str, Any]) -> tuple[Self, list[str]]:
         """Create a configuration without raising an error, and return it with all errors."""
         config = object.__new__(cls)
+        object.__setattr__(config, "given", frozenset(settings))
         errors = []
         for name, section in _sections(cls).items():  # type: ignore[arg-type]
             value, section_errors = section._collect(settings)

@@ -114,7 +114,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         arguments: Command line without the program name; `--debug` is ignored. Arguments after `--` are positional.
 
     Returns:
-        Name of the command, and its settings.
+        Name of the command, and its settings. Default values of a `Config` are left out.
 
     Raises:
         UsageError: If a command or option is unknown, or a value is missing or malformed.
@@ -139,7 +139,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         _check_options(name, options, args)
         args = _expand_flags(options, _expand_preset(name, options, args))
     try:
-        values = _build_parser(name).parse_args([*args, *operands])
+        has_defaults = name is None or settings_class(COMMANDS[name].function) is None
+        values = _build_parser(name).parse_args([*args, *operands], defaults=has_defaults)
     except argparse.ArgumentError as error:
         raise UsageError(_rewrite_error(str(error), str(name), options, args)) from None
     settings = values[values.command].as_dict()

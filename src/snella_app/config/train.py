@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -55,13 +55,19 @@ class RunSettings(Config):
         """Return the content of `config.yaml`: all settings except `UNSTORED_FIELDS`."""
         return {name: value for name, value in self.flat().items() if name not in UNSTORED_FIELDS}
 
-    def differences(self, other: "RunSettings") -> list[str]:
-        """Describe each non-default setting that differs from `other`, except `SESSION_FIELDS`."""
+    def differences(self, other: "RunSettings", names: Iterable[str] | None = None) -> list[str]:
+        """Describe each setting that was given, or is not the default, and differs from `other`.
+
+        A value of None, `auto`, or {} does not differ from any other. By default, `names` are all settings except
+        `SESSION_FIELDS`.
+        """
+        values = self.flat()
         other_values = other.flat()
         descriptions: list[str] = []
-        for name, value in self.flat().items():
-            is_default = value == self.settings()[name].default
-            if name not in SESSION_FIELDS and not is_default and value != other_values[name]:
+        for name in names or [name for name in values if name not in SESSION_FIELDS]:
+            value = values[name]
+            is_given = name in self.given or value != self.settings()[name].default
+            if is_given and value not in (None, "auto", {}, other_values[name]):
                 descriptions.append(f"{name} is {other_values[name]!r} there and {value!r} here")
         return descriptions
 

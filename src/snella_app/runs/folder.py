@@ -447,18 +447,13 @@ class RunFolder(BaseRunFolder[TrainConfig]):
             state = "which has no run" if info is None else f"which is {status_text(info.status)}"
             raise ValueError(f"init_from must be the folder of a finished run, got {self.path}, {state}")
         self.check_adapter()
-        stored = self.read_config().flat()
-        requested = config.flat()
-        settings = TrainConfig.settings()
-        different: list[str] = []
-        for name in _INHERITED:
-            is_requested = requested[name] != settings[name].default
-            if is_requested and requested[name] != stored[name]:
-                different.append(f"{name} is {stored[name]!r} there and {requested[name]!r} here")
-        if different:
+        stored_config = self.read_config()
+        if different := config.differences(stored_config, _INHERITED):
             raise ValueError(
                 f"init_from={self.path} requires the settings of that run, but {'; '.join(different)}; leave them out"
             )
+        stored = stored_config.flat()
+        requested = config.flat()
         values = {name: stored[name] for name in _INHERITED}
         for name in ("data", "train_size", "img_size", "target_sparsity"):
             values[name] = stored[name] if requested[name] is None else requested[name]

@@ -95,6 +95,14 @@ def test_differences_compare_only_explicit_settings():
     assert TrainConfig.from_flat(out="x", resume=True, epochs=9).differences(stored) == ["epochs is 7 there and 9 here"]
 
 
+def test_an_explicit_default_is_a_difference_unless_it_selects_automatically():
+    stored = TrainConfig.from_flat(**REQUIRED_SETTINGS, epochs=7, lr=0.1, precision="fp32", method="lora-4")
+    given = TrainConfig.from_flat(out="x", resume=True, epochs=10, lr=None, precision="auto", method="snella")
+    expected = ["method is 'lora-4' there and 'snella' here", "epochs is 7 there and 10 here"]
+    assert sorted(given.differences(stored)) == sorted(expected)
+    assert given.replace(method="snella").differences(stored) == expected[1:]
+
+
 def test_every_setting_is_documented():
     for setting in TrainConfig.settings().values():
         texts = [kind.__doc__ or "" for kind in setting.owner.__mro__]

@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 
-from snella_app.cli.parser import as_flags
+from snella_app.cli.parser import as_flags, parse
 from snella_app.config.train import TrainConfig
 from snella_app.files import create_folder, sealed, write_bytes, write_json
 from snella_app.records.run import BackboneInfo, DataInfo, FoldResults, RunInfo
@@ -73,6 +73,9 @@ def test_resuming_uses_the_stored_settings(tmp_path):
         match=r"epochs is 7 there and 3 here; leave them out; to continue .* snella train --init-from ",
     ):
         run.resolve_settings(config(run.path, epochs=3, resume=True))
+    settings = parse(["train", "--out", str(run.path), "--resume", "--epochs", "10"])[1]
+    with pytest.raises(ValueError, match="but epochs is 7 there and 10 here; leave them out"):
+        run.resolve_settings(TrainConfig.from_flat(**settings))
 
 
 def test_per_call_settings_are_not_stored(tmp_path):

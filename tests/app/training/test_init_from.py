@@ -126,8 +126,9 @@ def test_the_selection_of_weights_is_inherited(settings, new_config, tmp_path, c
 
 
 def test_settings_that_contradict_the_initial_run_are_rejected(finished, new_config, make_photos, tmp_path):
-    with pytest.raises(ValueError, match="method is 'snella-2' there and 'lora-2' here; leave them out"):
-        train(new_config(method="lora-2"))
+    for method in ("lora-2", "snella"):
+        with pytest.raises(ValueError, match=f"method is 'snella-2' there and '{method}' here; leave them out"):
+            train(new_config(method=method))
     with pytest.raises(ValueError, match=r"init_from must be the folder of a finished run, .*none, which has no run"):
         train(new_config(init_from=str(tmp_path / "none")))
     others = make_photos(tmp_path / "others", {"cats": 16, "dogs": 16})
