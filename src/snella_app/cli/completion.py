@@ -38,7 +38,7 @@ def completion_script(shell: str) -> str:
         subparser.add_argument("--print-config", action="store_true", help="Print the configuration.")
         for option in options_of(command.function):
             values = backbones if option.name == "backbone" else option.values
-            if option.values == ["true", "false"] and option.default is not True:
+            if option.default is False:
                 # a flag without choices, because zsh requires a value for an option with choices
                 subparser.add_argument(option.typed, action="store_true", help=option.help.replace("%", "%%"))
                 continue

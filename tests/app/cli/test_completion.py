@@ -48,6 +48,8 @@ def complete(shell, script, *args, cwd):
         (["train", "--ba"], {"--backbone", "--batch-size"}),
         (["train", "--augment", "cr"], {"crop", "crop-no-flip"}),
         (["train", "--overwrite", "--resu"], {"--resume"}),
+        (["train", "--pretrained", "f"], {"false"}),
+        (["compare", "--pretrained", "f"], {"false"}),
         (["train", "--backbone", "eff"], {"efficientnet_lite0.pypi"}),
         (["export", "run", "--format", "on"], {"onnx"}),
         (["data", "ch"], {"check"}),
