@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any
 
 import torch
@@ -102,6 +102,7 @@ class TaskBank:
         self._tasks: dict[str, _Task] = {}
         self._cached: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._lock = RLock()
+        self._add_lock = Lock()
         self.merges = 0
         """Number of computed merges."""
         for name, run in (runs or {}).items():
@@ -144,6 +145,11 @@ class TaskBank:
                 means other than SNELLA factors.
         """
         loaded = load_single_run(run, "cpu")
+        with self._add_lock:  # otherwise, two threads could build a backbone each
+            self._add(name, run, loaded)
+
+    def _add(self, name: str, run: str | Path, loaded: LoadedRun) -> None:
+        """Add or replace the task of a loaded run, while no other thread adds one."""
         backbone = loaded.info.backbone
         bank_key: dict[str, Any] = {
             "backbone": backbone.name,
@@ -152,10 +158,9 @@ class TaskBank:
             "task": loaded.task.name,
             "seed": backbone.seed if backbone.pretrained is False else None,  # determines random weights
         }
-        self._check_key(run, bank_key)
-        shared_model = self._model
-        base = make_backbone(backbone, loaded.task.name) if shared_model is None else shared_model
         with self._lock:  # while another thread predicts, the model has the weights of a task
+            self._check_key(run, bank_key)
+            base = make_backbone(backbone, loaded.task.name) if self._model is None else self._model
             base = base.to(self._device).eval()
             tensors = base.state_dict(keep_vars=True)
         updates = _collect_updates(loaded.model.to(self._device))
@@ -185,7 +190,6 @@ class TaskBank:
                 f"{self._limit / _MIB:.1f}"
             )
         with self._lock:
-            self._check_key(run, bank_key)  # another thread may have added a task to the empty bank
             self._model = base
             self._key = bank_key
             self._cached.pop(name, None)
@@ -276,11 +280,10 @@ class TaskBank:
             return self._tasks[name]
 
     def _check_key(self, run: str | Path, key: dict[str, Any]) -> None:
-        """Raise ValueError if a run cannot share the backbone of the bank."""
-        with self._lock:
-            if not self._tasks or key == self._key:
-                return
-            pairs = [(name, value, self._key[name]) for name, value in key.items() if value != self._key[name]]
+        """Raise ValueError if a run cannot share the backbone of the bank. The caller holds the lock."""
+        if not self._tasks or key == self._key:
+            return
+        pairs = [(name, value, self._key[name]) for name, value in key.items() if value != self._key[name]]
         different = ", ".join(f"{name} {value!r} instead of {shared!r}" for name, value, shared in pairs)
         raise ValueError(
             f"run={run} must have the backbone and task of the bank, got {different}; create another bank for it"
@@ -300,7 +303,7 @@ class TaskBank:
 
     @torch.no_grad()
     def _effective_weights(self, name: str) -> dict[str, Tensor]:
-        """Return the effective weights of a task, after computing them if they are not cached."""
+        """Return the effective weights of a task, after computing them if necessary. The caller holds the lock."""
         if name in self._cached:
             self._cached.move_to_end(name)
             return self._cached[name]

@@ -1,6 +1,8 @@
 """One backbone, many tasks."""
 
+import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -10,6 +12,7 @@ from PIL import Image
 from snella import TaskBank
 from snella_app.config.train import TrainConfig
 from snella_app.runs import load_run
+from snella_app.runs.model import make_backbone
 from snella_app.runs.predict import load
 from snella_app.training.train import train
 
@@ -143,6 +146,23 @@ def test_a_task_can_be_removed_and_added_while_other_threads_predict(folders, im
         for thread in threads:
             thread.join()
     assert not errors and predicted
+
+
+def test_threads_that_fill_an_empty_bank_share_one_backbone(folders, images, monkeypatch):
+    built, both = [], threading.Barrier(2)
+
+    def build(*args):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=2)  # until the other thread also builds a backbone
+        built.append(make_backbone(*args))
+        return built[-1]
+
+    monkeypatch.setattr("snella_app.runs.task_bank.make_backbone", build)
+    bank = TaskBank(device="cpu")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(bank.add, ["animals", "plants"], [folders["animals"], folders["plants"]]))
+    assert len(built) == 1 and sorted(bank.tasks) == ["animals", "plants"]
+    assert bank(images[:2], ["plants", "animals"])[0].shape == (2,)
 
 
 def test_an_emptied_bank_accepts_another_backbone(folders, any_run, images):
