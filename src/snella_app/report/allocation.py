@@ -200,11 +200,11 @@ def _group_name(group: str | int | None) -> str:
     return "–" if group is None else str(group)
 
 
-def linear_trend(values: Sequence[float]) -> tuple[float, float]:
-    """Return slope and intercept of the least-squares line through `(0, values[0]), (1, values[1]), …`."""
+def linear_trend(positions: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    """Return slope and intercept of the least-squares line through the points."""
     if len(values) < 2:
         return 0.0, float(values[0])
-    slope, intercept = np.polyfit(np.arange(len(values)), values, 1)
+    slope, intercept = np.polyfit(positions, values, 1)
     return float(slope), float(intercept)
 
 
@@ -225,15 +225,13 @@ def block_trend(matrices: Sequence[MatrixInfo], budgets: Mapping[str, int]) -> F
         budget = sum(budgets[matrix.name] for matrix in blocks[depth])
         size = sum(matrix.size for matrix in blocks[depth])
         sparsities.append(1 - budget / size)
-    slope, intercept = linear_trend(sparsities)
+    slope, intercept = linear_trend(depths, sparsities)
     figure, axes = new_figure(*FIGURE_SIZE, "Sparsity by block")
-    bars = axes.bar(range(len(depths)), sparsities, width=0.8, color=ACCENT)
-    (line,) = axes.plot([intercept + slope * i for i in range(len(depths))], color=WARM, linewidth=2.2)
+    bars = axes.bar(depths, sparsities, width=0.8, color=ACCENT)
+    (line,) = axes.plot(depths, [intercept + slope * depth for depth in depths], color=WARM, linewidth=2.2)
     axes.grid(False, axis="x")
     axes.set_ylim(0, 1.02)
     integer_axis(axes, "block")
-    names = dict(enumerate(map(str, depths)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: names.get(round(value), "")))
     percent_axis(axes)
     labels = ["unchanged weights", f"trend, {points_text(slope, 2)} percentage points per block"]
     add_legend(figure, [bars, line], labels)  # type: ignore[list-item]

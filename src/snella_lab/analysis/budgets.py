@@ -112,6 +112,8 @@ def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot
 
         sparsity[l] = 1 − budget[l] / weights[l],   trend[l] = intercept + slope·l by least squares over the layers
 
+    Layers are numbered consecutively, whatever the indices of their blocks.
+
     Returns:
         One plot. Its table has one row per layer and run. The additional table `allocation-trend` contains the slope
         and intercept of each run.
@@ -125,7 +127,8 @@ def allocation(runs: Sequence[str | Path], *, by: Layers = "block") -> list[Plot
     trends: list[Row] = []
     for run in budgeted_runs:
         layer_rows = layer_sparsities(run, run.budgets, by)
-        slope, intercept = linear_trend([row["sparsity"] for row in layer_rows])
+        positions = [row["position"] for row in layer_rows]
+        slope, intercept = linear_trend(positions, [row["sparsity"] for row in layer_rows])
         rows += [{**row, "trend": intercept + slope * row["position"]} for row in layer_rows]
         trends.append({"run": run.label, "layers": len(layer_rows), "intercept": intercept, "slope": slope})
     notes = [f"{row['run']}: {100 * row['slope']:+.2f} percentage points of sparsity per layer" for row in trends]

@@ -55,9 +55,10 @@ def test_layers_can_be_single_matrices(run):
 
 
 def test_linear_trend_is_the_least_squares_fit():
-    assert linear_trend([1.0, 3.0, 5.0]) == pytest.approx((2.0, 1.0))
-    assert linear_trend([0.0, 1.0, 0.0, 3.0]) == pytest.approx((0.8, -0.2))
-    assert linear_trend([0.25]) == (0.0, 0.25)
+    assert linear_trend([0, 1, 2], [1.0, 3.0, 5.0]) == pytest.approx((2.0, 1.0))
+    assert linear_trend([0, 1, 2, 3], [0.0, 1.0, 0.0, 3.0]) == pytest.approx((0.8, -0.2))
+    assert linear_trend([2, 6], [1.0, 3.0]) == pytest.approx((0.5, 0.0))
+    assert linear_trend([4], [0.25]) == (0.0, 0.25)
 
 
 def test_layer_importance_is_the_mean_over_its_matrices(run):
