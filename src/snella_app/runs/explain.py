@@ -323,8 +323,8 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
         `[images, height, width]`, float32 in [0, 1]. A map is zero if no region raises the output.
 
     Raises:
-        ValueError: If the model has neither ViT blocks nor `feature_info`, or the last call of the layer has fewer
-            tokens than patches, as with the method `vqt` and the trained head.
+        ValueError: If the model has neither ViT blocks nor `feature_info`, or calls the layer several times: the method
+            `vqt` also applies it to query tokens.
         ImportError: If Captum is not installed.
 
     Sources:
@@ -337,8 +337,14 @@ def heat_maps(model: nn.Module, images: Tensor, outputs: Tensor) -> np.ndarray:
         raise ImportError("heat maps need captum; pip install 'snella[explain]'") from error
     layer, width, patch = _target_layer(model)
     inputs = images.detach().clone().requires_grad_()
-    with torch.enable_grad():
+    calls: list[nn.Module] = []
+    with layer.register_forward_hook(lambda module, *_: calls.append(module)), torch.enable_grad():
         product = LayerGradientXActivation(model, layer).attribute(inputs, target=outputs.to(images.device))
+    if len(calls) > 1:  # Captum returns the product of the last call
+        raise ValueError(
+            f"gradcam needs a layer that is called once per forward pass, got {len(calls)} calls of "
+            f"{type(layer).__name__}; use rollout"
+        )
     return _resized_heat(_summed_grid(product.detach().float(), width, patch, images.shape[-2:]).clamp_min(0), images)
 
 
@@ -446,11 +452,6 @@ def _summed_grid(product: Tensor, width: int, patch: tuple[int, int], size: torc
         return product.sum(1) if product.shape[1] == width else product.sum(-1)
     rows, columns = size[0] // patch[0], size[1] // patch[1]
     sums = product.sum(-1)
-    if sums.shape[1] < rows * columns:
-        raise ValueError(
-            f"gradcam needs a layer with a token for each of the {rows * columns} patches, got {sums.shape[1]} tokens; "
-            "train with the default final head"
-        )
     return sums[:, sums.shape[1] - rows * columns :].reshape(-1, rows, columns)  # class and prompt tokens come first
 
 

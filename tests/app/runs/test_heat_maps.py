@@ -80,12 +80,13 @@ def test_maps_exclude_prompts_and_class_tokens(method):
             assert center == pytest.approx(float(grid[row, column] / grid.max()), abs=0.05)
 
 
-def test_a_layer_that_processes_only_queries_last_is_rejected():
-    model = build_method("vqt-2", timm.create_model("test_vit", num_classes=2, img_size=SIZE)).eval()
-    with pytest.raises(
-        ValueError, match=r"gradcam needs a layer with a token for each of the 16 patches, got 2 tokens"
-    ):
-        heat_maps(model, torch.randn(1, 3, SIZE, SIZE), torch.tensor([0]))
+@pytest.mark.parametrize("method", ["vqt-2", "vqt-20"])  # fewer and more queries than patches
+def test_a_layer_that_also_processes_queries_is_rejected(method):
+    model = build_method(method, timm.create_model("test_vit", num_classes=2, img_size=SIZE)).eval()
+    images = torch.randn(1, 3, SIZE, SIZE)
+    with pytest.raises(ValueError, match="called once per forward pass, got 2 calls of LayerNorm; use rollout"):
+        heat_maps(model, images, torch.tensor([0]))
+    assert attention_rollout(model, images).shape == (1, SIZE, SIZE)
 
 
 @pytest.mark.parametrize(("method", "pool"), [("snella-2", "token"), ("lora-2", "avg")])
