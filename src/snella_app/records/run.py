@@ -325,6 +325,15 @@ class FinalHead:
         metric = self.metric.replace("_", " ")
         return f"validation {metric} {self.val:.4f}, {self.val_trained:.4f} with the trained head"
 
+    @property
+    def text(self) -> str:
+        """Description of the head and its use in predictions."""
+        if self.metric is None:
+            return f"{self.name} is the final head, fitted to the training images"
+        if not self.is_saved:
+            return f"{self.name} is worse: {self.comparison}; the trained head is the final head"
+        return f"{self.name} is the final head: {self.comparison}; refitted on training and validation images"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics(Record):

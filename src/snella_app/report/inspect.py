@@ -210,6 +210,8 @@ def _epoch_rows(info: RunInfo, metrics: Metrics | None) -> list[tuple[str, str]]
     for split, scores in (("validation", metrics.val), ("test", metrics.test)):
         if scores is not None:
             rows.append((split, f"{scores.text()}, {counted(scores.images, 'image')}"))
+    if metrics.final_head is not None:
+        rows.append(("head", metrics.final_head.text))
     if epochs := metrics.saved_epochs:
         if metrics.averaged is not None and metrics.averaged.is_saved:
             name = "saved"

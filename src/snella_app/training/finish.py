@@ -381,9 +381,10 @@ def _print_results(
     if averaged is not None:
         print_line(console, _averaged_text(averaged, best, metrics.selection))
     if head is not None:
-        print_line(console, _final_head_text(head))
+        print_line(console, head.text)
+    with_head = "" if head is None else f", with the {'final' if head.is_saved else 'trained'} head"
     saved_average = averaged.text if averaged is not None and averaged.is_saved else None
-    saved = saved_average
+    saved = f"{saved_average}{with_head}" if saved_average else None
     if not epochs:
         saved_head = head.name if head is not None and head.is_saved else "linear probe"
         saved = f"not trained (0 epochs); the {saved_head} is saved"
@@ -392,11 +393,11 @@ def _print_results(
         selected = f"best epoch {best}" if best > 0 else "no epoch is better than the initial model, which is saved"
         if head is not None and head.replaced_epoch is not None:
             selected = f"epoch {best}, the last"
-        print_line(console, f"{saved or selected}: {parts.task.final_text(val, test)}")
+        print_line(console, f"{saved or selected + with_head}: {parts.task.final_text(val, test)}")
     else:
         selected = f"epoch {best}, the {'last' if protocol.selected_on is None else 'best on the test images'}"
         result = "not evaluated" if test is None else f"test {parts.task.result_format.format_map(test)}"
-        print_line(console, f"{saved or selected}: {result}")
+        print_line(console, f"{saved or selected + with_head}: {result}")
     if protocol.warning:
         print_line(console, f"{protocol.name} protocol: {protocol.warning}")
     if parts.task.has_class_scores and (only_class := _only_class(val or test or {}, parts.splits.classes)):
@@ -419,15 +420,6 @@ def sparsity_summary(matrices: Sequence[AdaptedMatrix]) -> str:
     """Format the number of weights that an update changes."""
     budget, total = sum(m.budget for m in matrices), sum(m.size for m in matrices)
     return f"changes {budget:,} of {total:,} weights ({1 - budget / total:.1%} sparse)"
-
-
-def _final_head_text(head: FinalHead) -> str:
-    """Describe the head fitted after training and its use in predictions."""
-    if head.metric is None:
-        return f"{head.name} is the final head, fitted to the training images"
-    if not head.is_saved:
-        return f"{head.name} is worse: {head.comparison}; the trained head is the final head"
-    return f"{head.name} is the final head: {head.comparison}; refitted on training and validation images"
 
 
 def _only_class(scores: dict[str, Any], classes: Sequence[str]) -> str | None:

@@ -18,6 +18,7 @@ import snella_app.runs.merge as merge_module
 from snella import TaskBank
 from snella_app.methods import build_method, load_trained_into
 from snella_app.methods.registry import matrices_of
+from snella_app.report.inspect import inspect_run
 from snella_app.runs import load_run
 from snella_app.runs.evaluate import calibrate_run, evaluate
 from snella_app.runs.export import export
@@ -272,7 +273,11 @@ def test_a_run_fits_and_saves_the_final_head(precision, finished, tmp_path):
     assert head["val_trained"] == pytest.approx(max(row["val_accuracy"] for row in metrics["history"]))
     assert f"adapter/{LAYER_PROBE}" in run.read_json("run.json")["files"]
     assert head["kind"] == "mixed"
-    assert "kernel and linear head on layers 3, 4, 5, 6 is the final head: validation accuracy" in log
+    text = "kernel and linear head on layers 3, 4, 5, 6 is the final head: validation accuracy"
+    assert text in log and ", with the final head: validation" in log
+    printed = Console(file=io.StringIO(), width=250)
+    printed.print(inspect_run(run.path))
+    assert text in printed.file.getvalue()
     assert run.read_config().optim.final_head == "layers"
 
 
@@ -687,7 +692,9 @@ def test_the_final_head_is_fitted_to_the_last_epoch(is_rejected, options, tmp_pa
     is_last = not is_rejected and "method" not in options
     assert metrics["best_epoch"] == (3 if is_last else 1) and len(fits) == len(compared) == 1
     assert metrics["final_head"].get("replaced_epoch") == (1 if is_last else None)
-    assert ("epoch 3, the last: validation" in console.file.getvalue()) == is_last
+    text = console.file.getvalue()
+    assert ("epoch 3, the last, with the final head: validation" in text) == is_last
+    assert ("best epoch 1, with the trained head: validation" in text) == is_rejected
     loaded = load_run(run).model
     values = {name: value for name, value in loaded.named_parameters() if name in fits[0]}
     factors = [name for name in values if "snella_A" in name]

@@ -176,7 +176,9 @@ def test_the_console_names_the_selection_criterion(args, tmp_path, capsys, no_re
         assert main([*short, "--out", str(tmp_path / name)]) == 0
         shown[name] = capsys.readouterr().out
     assert "final: training on training and validation images; the last epoch is saved" in shown["final"]
-    assert "epoch 1, the last: test accuracy" in shown["final"] and "val loss" not in shown["final"]
+    assert (
+        "epoch 1, the last, with the final head: test accuracy" in shown["final"] and "val loss" not in shown["final"]
+    )
     assert "warning" in shown["official"] and "epoch 1, the best on the test images: test accuracy" in shown["official"]
     assert (
         "official protocol: the epoch was selected on the test images" in shown["official"]
