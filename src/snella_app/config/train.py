@@ -58,17 +58,21 @@ class RunSettings(Config):
     def differences(self, other: "RunSettings", names: Iterable[str] | None = None) -> list[str]:
         """Describe each setting that was given, or is not the default, and differs from `other`.
 
-        A value of None, `auto`, or {} does not differ from any other. By default, `names` are all settings except
-        `SESSION_FIELDS`.
+        A value of None or `auto` does not differ from any other, and a mapping only differs in its own entries. By
+        default, `names` are all settings except `SESSION_FIELDS`.
         """
         values = self.flat()
         other_values = other.flat()
         descriptions: list[str] = []
         for name in names or [name for name in values if name not in SESSION_FIELDS]:
             value = values[name]
+            other_value = other_values[name]
             is_given = name in self.given or value != self.settings()[name].default
-            if is_given and value not in (None, "auto", {}, other_values[name]):
-                descriptions.append(f"{name} is {other_values[name]!r} there and {value!r} here")
+            agrees = value in (None, "auto", other_value)
+            if isinstance(value, dict) and isinstance(other_value, dict):
+                agrees = {**other_value, **value} == other_value
+            if is_given and not agrees:
+                descriptions.append(f"{name} is {other_value!r} there and {value!r} here")
         return descriptions
 
     def resolved(self) -> Self:
@@ -275,6 +279,10 @@ class TrainConfig(RunSettings):
         errors = []
         if self.optim.head_init == "probe":
             errors.append("head_init must not be probe with init_from, which loads a trained head; leave head_init out")
+        if self.method.name == AUTO_METHOD:
+            errors.append(
+                "method must not be auto with init_from, which keeps the method of that run; leave method out"
+            )
         if self.data.folds is not None and self.data.fold is None:
             errors.append("init_from does not support folds; start from the run of one fold, OUT/fold-1")
         if self.run.out is not None and Path(self.run.out).resolve() == Path(init_from).resolve():

@@ -103,6 +103,18 @@ def test_an_explicit_default_is_a_difference_unless_it_selects_automatically():
     assert given.replace(method="snella").differences(stored) == expected[1:]
 
 
+def test_method_options_differ_only_in_given_entries():
+    values = {**REQUIRED_SETTINGS, "method_options": {"kernel": "rbf"}}
+    stored = TrainConfig.from_flat(**values, early_stopping=3).resolved()
+    assert stored.method.options == {"kernel": "rbf", "schedule_end": 0.7}
+    for options in ({}, {"kernel": "rbf"}):
+        assert TrainConfig.from_flat(out="x", resume=True, method_options=options).differences(stored) == []
+    other = TrainConfig.from_flat(out="x", resume=True, method_options={"kernel": "p_linear"})
+    assert other.differences(stored) == [
+        "method_options is {'kernel': 'rbf', 'schedule_end': 0.7} there and {'kernel': 'p_linear'} here"
+    ]
+
+
 def test_every_setting_is_documented():
     for setting in TrainConfig.settings().values():
         texts = [kind.__doc__ or "" for kind in setting.owner.__mro__]

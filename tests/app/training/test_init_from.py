@@ -137,6 +137,8 @@ def test_settings_that_contradict_the_initial_run_are_rejected(finished, new_con
     (others / "owl").symlink_to(others / "dogs")
     with pytest.raises(ValueError, match=r"the 3 and 3 classes differ in 'owl', 'owls'$"):
         train(new_config(data=f"folder:{others}"))
+    with pytest.raises(ValueError, match="method must not be auto with init_from, which keeps the method"):
+        new_config(method="auto")
     with pytest.raises(ValueError, match="out must differ from init_from"):
         new_config(out=str(finished.path))
     with pytest.raises(ValueError, match="head_init must not be probe with init_from"):
