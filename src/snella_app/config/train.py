@@ -55,16 +55,21 @@ class RunSettings(Config):
         """Return the content of `config.yaml`: all settings except `UNSTORED_FIELDS`."""
         return {name: value for name, value in self.flat().items() if name not in UNSTORED_FIELDS}
 
+    @property
+    def planned_names(self) -> tuple[str, ...]:
+        """Names of the settings for which a plan does not keep the given values."""
+        return ()
+
     def differences(self, other: "RunSettings", names: Iterable[str] | None = None) -> list[str]:
         """Describe each setting that was given, or is not the default, and differs from `other`.
 
         A value of None or `auto` does not differ from any other, and a mapping only differs in its own entries. By
-        default, `names` are all settings except `SESSION_FIELDS`.
+        default, `names` are all settings except `SESSION_FIELDS` and the settings that the plan `other` has replaced.
         """
         values = self.flat()
         other_values = other.flat()
         descriptions: list[str] = []
-        for name in names or [name for name in values if name not in SESSION_FIELDS]:
+        for name in names or [name for name in values if name not in (*SESSION_FIELDS, *other.planned_names)]:
             value = values[name]
             other_value = other_values[name]
             is_given = name in self.given or value != self.settings()[name].default
@@ -181,6 +186,15 @@ class TrainConfig(RunSettings):
             missing = {name: value for name, value in defaults.items() if name not in options}
             settings = {**missing, **settings, "method_options": {**defaults["method_options"], **options}}
         return super().from_flat(**settings)
+
+    @property
+    def planned_names(self) -> tuple[str, ...]:
+        """With a time budget, the number and length of the epochs; the epochs of a method that skipped them."""
+        from snella_app.methods import find_method
+
+        if self.optim.time_budget is not None:
+            return "epochs", "epoch_images"
+        return ("epochs",) if self.optim.epochs == 0 and find_method(self.method.name).is_head_only else ()
 
     def resolved(self) -> Self:
         """Return a copy with the method's defaults in place of None, and class weights read from their file.

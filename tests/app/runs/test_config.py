@@ -103,6 +103,13 @@ def test_an_explicit_default_is_a_difference_unless_it_selects_automatically():
     assert given.replace(method="snella").differences(stored) == expected[1:]
 
 
+@pytest.mark.parametrize("settings", [{"time_budget": "10m"}, {"method": "linear"}])
+def test_given_epochs_agree_with_planned_ones(settings):
+    given = TrainConfig.from_flat(data="digits", backbone="test_vit", out="x", epochs=10, **settings)
+    assert given.differences(given.replace(epochs=0)) == []
+    assert given.differences(given.replace(epochs=0, method="lora-8", time_budget=None))
+
+
 def test_method_options_differ_only_in_given_entries():
     values = {**REQUIRED_SETTINGS, "method_options": {"kernel": "rbf"}}
     stored = TrainConfig.from_flat(**values, early_stopping=3).resolved()
