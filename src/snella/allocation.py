@@ -18,7 +18,9 @@ _POWERS: dict[str, int] = {"cubic": 3, "quadratic": 2, "linear": 1}
 def budget_at(t: int, total: int, b0: int, bT: int, schedule: str = "cubic") -> int:
     """Return the total budget of all matrices at time `t`.
 
-        b_t = b_T + (1 − t/T)^k (b_0 − b_T),   k = 3, 2, 1 for cubic, quadratic, linear; constant: b_T at every t
+        b_t = b_T + (1 − t/T)^k (b_0 − b_T)                                               (eq. 12)
+
+    with `k` = 3, 2, 1 for `"cubic"`, `"quadratic"`, `"linear"`. With `"constant"`, it is `b_T` at every `t`.
 
     The formula is evaluated in integers and rounded down, so `b_0` and `b_T` are exact.
 

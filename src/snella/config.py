@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from snella._utils import did_you_mean, has_suffix, longest_suffix
 from snella.allocation import Schedule
 from snella.backends import Implementation
-from snella.kernels import KERNELS, Kernel, find_kernel, make_kernel
+from snella.kernels import Kernel, find_kernel, kernel_names, make_kernel
 from snella.ops import parse_weight_gradient
 from snella.sparsify import SparsifyMode
 from snella.watch import TrainingWatch
@@ -395,11 +395,9 @@ class SnellaConfig(PeftConfig):
 
     def _choice_errors(self) -> list[str]:
         """Return messages about invalid choices, with the closest valid choice if any, and about conflicting ones."""
-        if isinstance(self.kernel, str):
-            find_kernel(self.kernel)  # adds the kernels of installed packages to `KERNELS`
         choices = {
             "preset": get_args(Preset),
-            "kernel": tuple(KERNELS),
+            "kernel": kernel_names(),
             "sparsify_mode": get_args(SparsifyMode),
             "allocation": get_args(Allocation),
             "schedule": get_args(Schedule),
@@ -426,7 +424,8 @@ class SnellaConfig(PeftConfig):
     def _range_errors(self) -> list[str]:
         """Return messages about values out of range, and about numbers that conflict with another field."""
         errors = []
-        has_pieces = self.kernel in KERNELS and "piece_coeff" in KERNELS[self.kernel].scalars
+        kernel = find_kernel(self.kernel)
+        has_pieces = kernel is not None and "piece_coeff" in kernel.scalars
         errors += [
             f"{name} must be at least 1, got {name}={getattr(self, name)}"
             for name in ("r", "num_pieces")

@@ -59,10 +59,10 @@ class _FlatAverages(NamedTuple):
 class ImportanceTracker:
     """Moving averages of the importance of every factor entry, and of its uncertainty.
 
-        I = |∇X ⊙ X|                                     for X ∈ {A, B}; with `magnitude`: |X|
-        Ī ← β1·Ī + (1 − β1)·I                            Ī(0) = I(0)
-        U ← β2·U + (1 − β2)·|Ī − I|                      U(0) = 0
-        p = mean(Ī_A ⊙ U_A) + mean(Ī_B ⊙ U_B)            one number per matrix
+        I = |∇X ⊙ X|                               for X ∈ {A, B}; with `magnitude`: |X|   (eq. 7)
+        Ī ← β1·Ī + (1 − β1)·I                      Ī(0) = I(0)                             (eqs. 8, 9)
+        U ← β2·U + (1 − β2)·|Ī − I|                U(0) = 0                                (eqs. 8, 10)
+        p = mean(Ī_A ⊙ U_A) + mean(Ī_B ⊙ U_B)      one number per matrix                   (eq. 11)
 
     `delta_magnitude` (the paper's W-Magnitude) applies eqs. 7 to 11 to the sparse update instead of the factors:
     `I = |S|`, `p = mean(Ī_S ⊙ U_S)`. It stores two numbers per adapted weight. `delta_mean_magnitude` smooths only the
@@ -233,7 +233,7 @@ class ImportanceTracker:
         observations = {}
         for matrix in self.matrices:
             if id(matrix.layer) not in layer_updates:
-                layer_updates[id(matrix.layer)] = list(matrix.layer.sparse_updates(matrix.adapter_name))
+                layer_updates[id(matrix.layer)] = matrix.layer.sparse_updates(matrix.adapter_name)
             update = layer_updates[id(matrix.layer)][matrix.group]
             value = update if self.metric == "delta_magnitude" else update.abs().mean()
             observations[f"{matrix.name}/S"] = _Observation(value, None)

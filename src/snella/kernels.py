@@ -282,16 +282,35 @@ KERNELS: dict[str, type[Kernel]] = {
 }
 
 
-BUILT_IN_KERNELS = frozenset(KERNELS)
-"""Names of the kernels of this package."""
-
-
 def find_kernel(name: str) -> type[Kernel] | None:
-    """Return the class of a kernel, or None if neither `KERNELS` nor an installed package (`snella.kernels`) has it."""
+    """Return the class of a kernel, or None if neither `KERNELS` nor an installed package has it.
+
+    A package registers a kernel as an entry point of the group `snella.kernels`. The kernel is added to `KERNELS`.
+
+    Raises:
+        ImportError: If the kernel of a package cannot be imported, or has another name than its entry point.
+    """
     if name not in KERNELS:
         for entry in entry_points(group="snella.kernels", name=name):
-            KERNELS[name] = entry.load()
+            package = entry.module if entry.dist is None else entry.dist.name
+            try:
+                kernel = entry.load()
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise ImportError(
+                    f"kernel {name!r} cannot be imported ({reason}); update or uninstall {package}"
+                ) from error
+            if kernel.name != name:
+                raise ImportError(
+                    f"{package} registers a kernel with the name {kernel.name!r} as {name!r}; the names must be equal"
+                )
+            KERNELS[name] = kernel
     return KERNELS.get(name)
+
+
+def kernel_names() -> list[str]:
+    """Return the names of all kernels, including those that installed packages register."""
+    return list(dict.fromkeys([*KERNELS, *(entry.name for entry in entry_points(group="snella.kernels"))]))
 
 
 def make_kernel(name: str, *, num_pieces: int = 2, softmax_dim: int = 0, center_softmax: bool = False) -> Kernel:
@@ -305,10 +324,11 @@ def make_kernel(name: str, *, num_pieces: int = 2, softmax_dim: int = 0, center_
 
     Raises:
         ValueError: If `name` is unknown, `num_pieces` is not positive, or `softmax_dim` is neither 0 nor 1.
+        ImportError: See `find_kernel`.
     """
     kernel = find_kernel(name)
     if kernel is None:
-        raise ValueError(f"kernel must be one of {sorted(KERNELS)}, got {name!r}")
+        raise ValueError(f"kernel must be one of {kernel_names()}, got {name!r}")
     if num_pieces < 1:
         raise ValueError(f"num_pieces must be at least 1, got {num_pieces}")
     if softmax_dim not in (0, 1):
@@ -331,7 +351,7 @@ def merge_factors(
 ) -> Tensor:
     """Merge two low-rank factors into one high-rank matrix.
 
-        ΔW[i, j] = κ(A[j], B[i])                                        (section 3.2 and A.3 of arXiv 2510.24037)
+        ΔW[i, j] = κ(A[j], B[i])                              (eq. 5, section 3.2 and A.3 of arXiv 2510.24037)
 
     Args:
         A: Input-side factor, `[n, r]`.

@@ -404,7 +404,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: tuple(frozen_names)}
         sizes = torch.tensor([rows * n for rows in row_counts])
         self.snella_budget[adapter_name] = sizes - (sizes.float() * config.init_sparsity).long()
-        self.seal_budgets(adapter_name)
+        seal_budgets(self, adapter_name)
         self.snella_config[adapter_name] = config
         self.scaling[adapter_name] = config.scaling
         self.row_counts[adapter_name] = row_counts
@@ -446,10 +446,6 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
             return read_budgets(self, adapter_name)
         is_unchanged = record.address == buffer.data_ptr() and record.version == buffer._version
         return record.budgets if is_unchanged else read_budgets(self, adapter_name)
-
-    def seal_budgets(self, adapter_name: str) -> None:
-        """Make the buffer's values the live budgets (see `snella.budgets`). Call this after writing to the buffer."""
-        seal_budgets(self, adapter_name)
 
     def matrix_rows(self, adapter_name: str) -> tuple[slice, ...]:
         """Return the rows of the weight that belong to each matrix."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from snella._utils import listed
-from snella.budgets import budget_error
+from snella.budgets import budget_error, seal_budgets
 from snella.compat.tokens import TokenAdapter
 from snella.config import SnellaConfig, read_config
 from snella.layer import SnellaLayer
@@ -129,7 +129,7 @@ def hotswap(
     for name, tensor in current_tensors.items():
         tensor.copy_(new_tensors[name])
     for layer in layers.values():
-        layer.seal_budgets(adapter_name)
+        seal_budgets(layer, adapter_name)
     if adapter.config is not None:
         for layer in layers.values():
             layer.snella_config[adapter_name].scaling = adapter.config.scaling

@@ -350,6 +350,8 @@ def _check_options(command: str, options: Sequence[Option], args: Sequence[str])
         option = re.split(r"[.=]", arg)[0]
         if arg.startswith("--") and option not in spellings.values():
             hint = suggest_setting(option[2:], spellings)
+            if not hint and "method_options" in spellings:
+                hint = f"options of the method are set with --method-options, e.g. --method-options.{option[2:]}"
             raise UsageError(
                 f"snella {command} has no option {option}{hint and f'; {hint}'}; see snella {command} --help"
             )

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from snella.kernels import BUILT_IN_KERNELS, KERNELS
 from snella.matrices import AdaptedMatrix, adapted_matrices
 from snella_app.methods.method import Batches, Method, MethodSpec, Options
 from snella_app.methods.model_parts import AdapterFileError, find_head
@@ -45,7 +44,6 @@ METHODS: dict[str, Method] = {
 }
 """Methods by name without the number; those of plugins come last."""
 METHODS.update(plugins("methods", frozenset(METHODS)))
-KERNELS.update(plugins("kernels", BUILT_IN_KERNELS))
 
 
 def find_method(name: str) -> Method:

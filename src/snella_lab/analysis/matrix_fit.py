@@ -25,7 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 
-from snella.kernels import KERNELS, Kernel, KernelScalars, make_kernel
+from snella.kernels import KERNELS, Kernel, KernelScalars, kernel_names, make_kernel
 from snella_app.files import sha256_of, write_json
 from snella_app.report.allocation import log_axis
 from snella_app.report.style import add_legend, new_figure, new_panels
@@ -100,12 +100,12 @@ def find_kernel(name: str) -> Merge:
     Raises:
         ValueError: If there is no such kernel, or the imported object is not a kernel.
     """
-    if name in KERNELS:
+    if name in kernel_names():
         return make_kernel(name).merge
     module, colon, attribute = name.partition(":")
     if not colon:
         raise ValueError(
-            f"kernels must be among {', '.join(KERNELS)} or import paths such as mine:MyKernel, got {name!r}"
+            f"kernels must be among {', '.join(kernel_names())} or import paths such as mine:MyKernel, got {name!r}"
         )
     try:
         kernel = getattr(importlib.import_module(module), attribute)
@@ -119,11 +119,11 @@ def find_kernel(name: str) -> Merge:
 
 
 def _module_digest(name: str) -> str | None:
-    """Return the SHA-256 of a custom kernel's module file.
+    """Return the SHA-256 of the module file of a kernel given as an import path.
 
-    Returns None for built-in kernels, and for modules without a file.
+    Returns None for kernels given by name, and for modules without a file.
     """
-    if name in KERNELS:
+    if ":" not in name:
         return None
     path = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
     return None if path is None else sha256_of(Path(path))

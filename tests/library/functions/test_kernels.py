@@ -1,6 +1,6 @@
 import itertools
 from functools import partial
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 import torch
@@ -225,17 +225,40 @@ def test_scalars_with_an_axis_raise(name):
         merge_factors(torch.ones(3, 4), torch.ones(2, 4), **{**scalars, name: torch.ones(3)})
 
 
-def test_kernels_of_installed_packages_are_found(monkeypatch):
-    class Plugged(Kernel):
-        name = "plugged"
+class Plugged(Kernel):
+    name = "plugged"
 
-        def merge(self, A, B, scalars):
-            return B @ A.T
+    def merge(self, A, B, scalars):
+        return B @ A.T
 
-    entry = EntryPoint("plugged", "unused:Plugged", "snella.kernels")
-    monkeypatch.setattr(EntryPoint, "load", lambda _: Plugged)
-    monkeypatch.setattr(kernels, "entry_points", lambda *, group, name: [entry] if name == entry.name else [])
+
+def install_kernel(monkeypatch, name, load):
+    """Register a kernel as an entry point of an installed package."""
+    installed = EntryPoints([EntryPoint(name, "module:Plugged", "snella.kernels")])
+    monkeypatch.setattr(EntryPoint, "load", load)
+    monkeypatch.setattr(kernels, "entry_points", lambda **query: installed.select(**query))
     monkeypatch.setattr(kernels, "KERNELS", dict(KERNELS))
-    with pytest.raises(ValueError, match=r"kernel must be one of .*, got 'unknown'"):
+
+
+def test_kernels_of_installed_packages_are_found(monkeypatch):
+    install_kernel(monkeypatch, "plugged", lambda _: Plugged)
+    with pytest.raises(ValueError, match=r"kernel must be one of .*'plugged'\], got 'unknown'"):
         make_kernel("unknown")
     assert type(make_kernel("plugged")) is Plugged
+
+
+def test_kernel_that_cannot_be_imported_is_reported(monkeypatch):
+    def load(_):
+        raise ModuleNotFoundError("No module named 'absent'", name="absent")
+
+    install_kernel(monkeypatch, "plugged", load)
+    message = r"kernel 'plugged' cannot be imported \(ModuleNotFoundError: No module named 'absent'\); update or"
+    with pytest.raises(ImportError, match=message):
+        make_kernel("plugged")
+    assert type(make_kernel("mix_k")) is KERNELS["mix_k"]
+
+
+def test_kernel_with_another_name_than_its_entry_point_is_reported(monkeypatch):
+    install_kernel(monkeypatch, "other", lambda _: Plugged)
+    with pytest.raises(ImportError, match=r"module registers a kernel with the name 'plugged' as 'other'; the"):
+        make_kernel("other")

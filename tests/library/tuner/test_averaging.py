@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from snella import BudgetAllocator, SnellaConfig, create_snella_optimizer
-from snella.budgets import compute_seal
+from snella.budgets import compute_seal, seal_budgets
 from snella.matrices import adapted_matrices
 
 STEPS = 6
@@ -127,7 +127,7 @@ def test_budget_with_valid_seal_is_kept(mlp):
     layer.snella_budget["default"].fill_(11)
     assert layer.budgets("default") == (120,)
     layer.snella_budget["default"].fill_(11)
-    layer.seal_budgets("default")
+    seal_budgets(layer, "default")
     assert layer.budgets("default") == (11,)
 
 
