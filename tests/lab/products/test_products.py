@@ -340,7 +340,7 @@ def test_table_of_several_seeds_matches_the_measurements():
     notes, readme = _notes(), (_FOLDER.parents[1] / "README.md").read_text()
     rows = read_rows(_FOLDER / "methods.jsonl")
     folders = sorted({row["folder"] for row in rows})
-    assert len(rows) == 4 * len(folders) * 2 and {row["seed"] for row in rows} == {0, 1}
+    assert len(rows) == 4 * len(folders) * 3 and {row["seed"] for row in rows} == {0, 1, 2}
     runs = {
         method: [
             [
