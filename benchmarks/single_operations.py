@@ -42,7 +42,7 @@ def measure_sampling(
     spec, budget = UpdateSpec(make_kernel("mix_k"), (m,), backend="numba"), round(density * m * n)
     x, grad_y = torch.randn(tokens, n, generator=generator), torch.randn(tokens, m, generator=generator)
     backend = NumbaBackend()
-    (matrix,) = backend.merge(Update(spec, factors, (budget,))).workspace
+    (matrix,) = backend.prepare(Update(spec, factors, (budget,))).workspace
     if matrix is None:
         raise RuntimeError(f"density must select at least one entry, got {density}; increase it")
 

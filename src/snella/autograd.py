@@ -9,6 +9,7 @@ materialized in both passes. `DERIVATION.md` derives the gradients.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from snella.backends import Gradients, Merged, get_backend, zero_gradients
+from snella.backends import Gradients, Prepared, get_backend, zero_gradients
 from snella.kernels import Factors
 from snella.memory.origins import ORIGIN_ATTRIBUTE, Origin, origin_of, reject_double_backward
 from snella.ops import LayerOp, LazyWeight, LinearOp, without_view
@@ -26,7 +27,7 @@ from snella.update import Update
 NUM_FACTORS = len(Factors._fields)
 
 
-class RecomputeCache:
+class CheckpointCache:
     """Results of a recomputed forward pass, reused by the following backward pass.
 
     Activation checkpointing reruns a layer's forward pass immediately before the layer's backward pass. The cache
@@ -35,26 +36,26 @@ class RecomputeCache:
     """
 
     def __init__(self) -> None:
-        # effective weight, merged matrices, and the source of the weight with its version
-        self._entry: tuple[Tensor, list[Merged], Tensor | None, int] | None = None
+        # effective weight, prepared updates, and the source of the weight with its version
+        self._entry: tuple[Tensor, list[Prepared], Tensor | None, int] | None = None
 
-    def stash(self, effective: Tensor, merged: list[Merged], weight: Tensor | None) -> None:
+    def stash(self, effective: Tensor, prepared: list[Prepared], weight: Tensor | None) -> None:
         """Store the results of a forward pass if it is a recomputation.
 
         Args:
             effective: `W0 + Σ scaling·S`, in the dtype of the layer op.
-            merged: The updates' merged matrices.
+            prepared: The prepared updates.
             weight: Tensor that changes whenever `W0` changes, or `None` if there is no `W0`.
         """
         self._entry = None
         is_within_backward = torch._C._current_graph_task_id() != -1  # -1: no backward pass is running
         if is_within_backward and not effective.is_inference():
-            self._entry = (effective, merged, weight, -1 if weight is None else weight._version)
+            self._entry = (effective, prepared, weight, -1 if weight is None else weight._version)
 
     def take(
         self, weight: Tensor | None, dtype: torch.dtype, num_updates: int
-    ) -> tuple[Tensor | None, list[Merged] | None]:
-        """Remove and return the cached effective weight and merged matrices.
+    ) -> tuple[Tensor | None, list[Prepared] | None]:
+        """Remove and return the cached effective weight and prepared updates.
 
         Returns `(None, None)` if nothing is cached, or if the weight, the dtype, or the number of updates has changed.
         """
@@ -62,13 +63,13 @@ class RecomputeCache:
         self._entry = None
         if entry is None:
             return None, None
-        effective, merged, source, version = entry
+        effective, prepared, source, version = entry
         is_unchanged = weight is source
         if weight is not None and source is not None:
             is_unchanged = weight.data_ptr() == source.data_ptr() and weight._version == version
-        if not is_unchanged or effective.dtype != dtype or len(merged) != num_updates:
+        if not is_unchanged or effective.dtype != dtype or len(prepared) != num_updates:
             return None, None
-        return effective, merged
+        return effective, prepared
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class LayerCall:
         weight_shape: `[m, …]`.
         cache_delta: If True, save `ΔW` (with Numba kernels, the effective weight) for the backward pass.
         lazy: The weight, if it is a `LazyWeight`.
-        recompute: Cache for the results of a forward pass that activation checkpointing repeats, or `None`.
+        checkpoint_cache: Cache for the results of a forward pass that activation checkpointing repeats, or `None`.
         origin: Recomputes the input in the backward pass, if the input is not saved.
     """
 
@@ -88,7 +89,7 @@ class LayerCall:
     weight_shape: torch.Size
     cache_delta: bool = False
     lazy: LazyWeight | None = None
-    recompute: RecomputeCache | None = None
+    checkpoint_cache: CheckpointCache | None = None
     origin: Origin | None = None
 
 
@@ -111,7 +112,7 @@ def adapted_layer(
     *,
     weight_shape: torch.Size | None = None,
     cache_delta: bool = False,
-    recompute: RecomputeCache | None = None,
+    checkpoint_cache: CheckpointCache | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Apply a layer with sparse weight updates.
 
@@ -132,7 +133,7 @@ def adapted_layer(
         cache_delta: If True, save `ΔW` (with Numba kernels, the effective weight) for the backward pass instead of
             rebuilding it. This costs one more matrix in memory and changes no bit of the results. It has no effect with
             `"reference"`.
-        recompute: Cache shared by the calls of one layer while its parameters do not change.
+        checkpoint_cache: Cache shared by the calls of one layer while its parameters do not change.
 
     Returns:
         The layer's output and the thresholds `[G]` of each update. Under autocast, the output has the autocast dtype.
@@ -162,7 +163,7 @@ def adapted_layer(
             effective, thresholds = add_by_autograd(weight, updates, weight_shape)
             return op(x, effective.to(x.dtype), bias), thresholds
     lazy = weight if isinstance(weight, LazyWeight) else None
-    call = LayerCall(op, weight_shape, cache_delta, lazy, recompute, origin)
+    call = LayerCall(op, weight_shape, cache_delta, lazy, checkpoint_cache, origin)
     tensors = [tensor for update in updates for tensor in update.factors]
     return _AdaptedLayer.apply(x, None if lazy else weight, bias, call, updates, input_sources, *tensors)
 
@@ -184,8 +185,8 @@ class _AdaptedLayer(torch.autograd.Function):
         input_sources: tuple[Tensor, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        y, merged, effective = forward_pass(x, weight, bias, updates, call)
-        thresholds = tuple([matrices.thresholds for matrices in merged])
+        y, prepared, effective = forward_pass(x, weight, bias, updates, call)
+        thresholds = tuple([update.thresholds for update in prepared])
         ctx.call = call
         ctx.updates = updates
         ctx.x_shape = x.shape
@@ -194,66 +195,58 @@ class _AdaptedLayer(torch.autograd.Function):
         # flags from index 6 on belong to `tensors`; their gradients are zero if no matrix has a budget
         needs_factor_grads = any(ctx.needs_input_grad[6:]) and any([any(update.budgets) for update in updates])
         saves_input = needs_factor_grads or ctx.needs_input_grad[1]
-        saved_merged: list[Tensor | None] = []
-        ctx.saved_sizes = []
+        saved: list[tuple[Tensor | None, ...]] = []
         saves_effective = call.cache_delta and ctx.needs_input_grad[0]
-        for matrices in merged:
-            is_delta_saved = call.cache_delta and matrices.delta
-            merged_tensors = matrices.delta if is_delta_saved else matrices.columns if needs_factor_grads else ()
-            saves_effective = saves_effective and any(matrices.budgets) and not matrices.delta
-            ctx.saved_sizes.append(len(merged_tensors))
-            saved_merged += merged_tensors
+        for update in prepared:
+            is_delta_saved = call.cache_delta and update.delta
+            saved.append(update.delta if is_delta_saved else update.columns if needs_factor_grads else ())
+            saves_effective = saves_effective and any(update.budgets) and not update.delta
         if saves_input and call.origin is not None:
             call.origin.add_user()
         input_sources = () if not saves_input else (x,) if call.origin is None else input_sources
-        ctx.num_input_sources = len(input_sources)
         saved_weight = effective if saves_effective else None
-        ctx.save_for_backward(*input_sources, weight, saved_weight, *thresholds, *saved_merged, *tensors)
+        tensor_groups = (input_sources, (weight, saved_weight), thresholds, *saved, tensors)
+        ctx.group_sizes = tuple(map(len, tensor_groups))
+        ctx.save_for_backward(*itertools.chain(*tensor_groups))
         return without_view(y), thresholds
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
         reject_double_backward("use impl='reference' with a kernel without distances")
-        saved = ctx.saved_tensors
-        input_sources = saved[: ctx.num_input_sources]
-        weight, effective, *rest = saved[ctx.num_input_sources :]
+        remaining = iter(ctx.saved_tensors)
+        tensor_groups = [tuple(itertools.islice(remaining, size)) for size in ctx.group_sizes]
+        input_sources, (weight, effective), thresholds, *saved, tensors = tensor_groups
         call: LayerCall = ctx.call
         if call.lazy is not None:
             call.lazy.check_unchanged(ctx.lazy_versions)
-        updates, saved_merged = [], []
-        # `rest` consists of all thresholds, all saved merged tensors, and the factors of each update
+        updates = []
         for k, update in enumerate(ctx.updates):
-            start = len(rest) - (len(ctx.updates) - k) * NUM_FACTORS
-            factors = Factors(*rest[start : start + NUM_FACTORS])
-            updates.append(update._replace(factors=factors, thresholds=rest[k]))
-        position = len(updates)
-        for size in ctx.saved_sizes:
-            saved_merged.append(tuple(rest[position : position + size]))
-            position += size
+            factors = Factors(*tensors[k * NUM_FACTORS : (k + 1) * NUM_FACTORS])
+            updates.append(update._replace(factors=factors, thresholds=thresholds[k]))
         x: Tensor | None = input_sources[0] if input_sources else None
         if input_sources and call.origin is not None:
             x = call.origin.compute(input_sources).to(grad_y.dtype)
         needs_x, needs_weight, needs_bias, _, _, _, *needs_factors = ctx.needs_input_grad
         needs = RequiredGrads(needs_x, needs_weight, needs_bias and ctx.has_bias, tuple(needs_factors))
         grad_x, grad_weight, grad_bias, grads = backward_pass(
-            grad_y, x, ctx.x_shape, weight, updates, call, needs, saved_merged, effective
+            grad_y, x, ctx.x_shape, weight, updates, call, needs, saved, effective
         )
         return (grad_x, grad_weight, grad_bias, None, None, None, *grads)
 
 
 def forward_pass(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, updates: Sequence[Update], call: LayerCall
-) -> tuple[Tensor, list[Merged], Tensor]:
-    """Return `y`, the merged matrices of each update, and the effective weight."""
+) -> tuple[Tensor, list[Prepared], Tensor]:
+    """Return `y`, the prepared updates, and the effective weight."""
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return forward_pass(x, weight, bias, updates, call)
-    merged = [get_backend(update.spec.backend).merge(update) for update in updates]
-    effective = add_updates(call.lazy or weight, updates, merged, call.weight_shape, x.dtype)
+    prepared = [get_backend(update.spec.backend).prepare(update) for update in updates]
+    effective = add_updates(call.lazy or weight, updates, prepared, call.weight_shape, x.dtype)
     y = call.op(x, effective, bias)
-    if call.recompute is not None:
-        call.recompute.stash(effective, merged, weight if call.lazy is None else call.lazy.tensors[0])
-    return y, merged, effective
+    if call.checkpoint_cache is not None:
+        call.checkpoint_cache.stash(effective, prepared, weight if call.lazy is None else call.lazy.tensors[0])
+    return y, prepared, effective
 
 
 def backward_pass(
@@ -264,7 +257,7 @@ def backward_pass(
     updates: Sequence[Update],
     call: LayerCall,
     needs: RequiredGrads,
-    saved_merged: Sequence[tuple[Tensor | None, ...]] = (),
+    saved: Sequence[tuple[Tensor | None, ...]] = (),
     effective: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Gradients]:
     """Return the gradients of the input, the weight, the bias, and the updates' factors.
@@ -277,29 +270,29 @@ def backward_pass(
         updates: As in the forward pass, with their thresholds.
         call: As in the forward pass.
         needs: Gradients to return. The others are `None`.
-        saved_merged: `Merged.delta` or `Merged.columns` of each update, or an empty tuple if neither is saved.
+        saved: `Prepared.delta` or `Prepared.columns` of each update, or an empty tuple if neither is saved.
         effective: The effective weight, if saved.
     """
     op, shape = call.op, call.weight_shape
-    merged = grad_x = grad_weight = grads = None
+    prepared = grad_x = grad_weight = grads = None
     with torch.autocast(grad_y.device.type, enabled=False):
-        if call.recompute is not None:  # also frees the cached weight if `effective` was saved
+        if call.checkpoint_cache is not None:  # also frees the cached weight if `effective` was saved
             source = weight if call.lazy is None else call.lazy.tensors[0]
-            cached, merged = call.recompute.take(source, grad_y.dtype, len(updates))
+            cached, prepared = call.checkpoint_cache.take(source, grad_y.dtype, len(updates))
             effective = cached if effective is None else effective
-        if merged is None:
-            pairs = zip(updates, saved_merged or [()] * len(updates), strict=True)
-            merged = [get_backend(update.spec.backend).merge(update, saved) for update, saved in pairs]
+        if prepared is None:
+            pairs = zip(updates, saved or [()] * len(updates), strict=True)
+            prepared = [get_backend(update.spec.backend).prepare(update, tensors) for update, tensors in pairs]
         if x is not None:
-            grad_weight = _grad_weight(grad_y, x, updates, merged, call, needs)
+            grad_weight = _grad_weight(grad_y, x, updates, prepared, call, needs)
         if needs.x and effective is None:
             base = call.lazy or weight
-            effective, grads = _weight_and_gradients(base, updates, merged, shape, grad_weight, grad_y.dtype, needs)
+            effective, grads = _weight_and_gradients(base, updates, prepared, shape, grad_weight, grad_y.dtype, needs)
         if needs.x and effective is not None:
             grad_x = op.grad_input(grad_y, effective, x_shape)
         effective = None
         if grads is None:
-            grads = _factor_gradients(updates, merged, grad_weight, shape, needs)
+            grads = _factor_gradients(updates, prepared, grad_weight, shape, needs)
         grad_bias = op.grad_bias(grad_y) if needs.bias else None
     grads = tuple([grad if need else None for grad, need in zip(grads, needs.factors, strict=True)])
     if not needs.weight or weight is None or grad_weight is None:
@@ -330,25 +323,25 @@ def compute_effective_weight(
         if updates and updates[0].spec.backend == "reference":
             total, thresholds = add_by_autograd(weight, updates, weight_shape)
             return total if op_dtype is None else total.to(op_dtype), thresholds
-        merged = [get_backend(update.spec.backend).merge(update) for update in updates]
-        total = add_updates(weight, updates, merged, weight_shape, op_dtype)
-    return total, tuple([matrices.thresholds for matrices in merged])
+        prepared = [get_backend(update.spec.backend).prepare(update) for update in updates]
+        total = add_updates(weight, updates, prepared, weight_shape, op_dtype)
+    return total, tuple([matrices.thresholds for matrices in prepared])
 
 
 def add_updates(
     weight: Tensor | LazyWeight | None,
     updates: Sequence[Update],
-    merged: Sequence[Merged],
+    prepared: Sequence[Prepared],
     shape: torch.Size,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return `W0 + Σ scaling·S`, `[m, …]`, from merged matrices.
+    """Return `W0 + Σ scaling·S`, `[m, …]`, from prepared updates.
 
     Args:
         weight: `W0`, or `None` for the sum of the updates. A sum with a `LazyWeight` is not first rounded to the dtype
             of the weight.
         updates: Updates of this weight.
-        merged: Merged matrices of each update.
+        prepared: The prepared updates.
         shape: Shape of the result.
         dtype: Dtype of the layer op, to which the result is rounded. If `None`, the result has the dtype of `weight`,
             or of the merged updates if `weight` is `None`.
@@ -358,7 +351,7 @@ def add_updates(
         spec = updates[0].spec
         matrix, out = _base_and_out(weight, updates[0].factors.A.dtype, shape, dtype)
         out_matrix = out.view(shape[0], -1)
-        get_backend(spec.backend).add_update(spec, merged[0], matrix, out_matrix)
+        get_backend(spec.backend).add_update(spec, prepared[0], matrix, out_matrix)
         return out if dtype is None else out.to(dtype)
     owns_buffer = isinstance(weight, LazyWeight)
     base = weight.materialize() if isinstance(weight, LazyWeight) else weight
@@ -375,7 +368,7 @@ def add_updates(
         if not owns_buffer and total.data_ptr() == base.data_ptr():
             total = total.clone()
     matrix = total.view(shape[0], -1)
-    for update, matrices in zip(updates, merged, strict=True):
+    for update, matrices in zip(updates, prepared, strict=True):
         get_backend(update.spec.backend).add_update(update.spec, matrices, matrix, matrix)
     if base is not None and not owns_buffer:
         total = total.to(base.dtype)
@@ -405,7 +398,7 @@ def _grad_weight(
     grad_y: Tensor,
     x: Tensor,
     updates: Sequence[Update],
-    merged: Sequence[Merged],
+    prepared: Sequence[Prepared],
     call: LayerCall,
     needs: RequiredGrads,
 ) -> Tensor:
@@ -420,13 +413,13 @@ def _grad_weight(
     if len(updates) != 1:
         return call.op.product(flat_y, flat_x)
     backend = get_backend(updates[0].spec.backend)
-    return backend.grad_weight(updates[0].spec, merged[0], flat_y, flat_x, call.op.product)
+    return backend.grad_where_nonzero(updates[0].spec, prepared[0], flat_y, flat_x, call.op.product)
 
 
 def _weight_and_gradients(
     weight: Tensor | LazyWeight | None,
     updates: Sequence[Update],
-    merged: Sequence[Merged],
+    prepared: Sequence[Prepared],
     shape: torch.Size,
     grad_weight: Tensor | None,
     dtype: torch.dtype,
@@ -434,20 +427,20 @@ def _weight_and_gradients(
 ) -> tuple[Tensor, Gradients | None]:
     """Return the effective weight, and the factors' gradients if the backend computes both in one pass, else `None`."""
     if len(updates) != 1 or weight is None or grad_weight is None or not any(needs.factors):
-        return add_updates(weight, updates, merged, shape, dtype), None
+        return add_updates(weight, updates, prepared, shape, dtype), None
     spec = updates[0].spec
     backend = get_backend(updates[0].spec.backend)
     base, out = _base_and_out(weight, updates[0].factors.A.dtype, shape, dtype)
     matrix = out.view(shape[0], -1)
-    grads = backend.add_and_grad_factors(spec, merged[0], grad_weight.reshape(shape[0], -1), base, matrix)
+    grads = backend.add_and_grad_factors(spec, prepared[0], grad_weight.reshape(shape[0], -1), base, matrix)
     if grads is None:
-        backend.add_update(spec, merged[0], base, matrix)
+        backend.add_update(spec, prepared[0], base, matrix)
     return out.to(dtype), grads
 
 
 def _factor_gradients(
     updates: Sequence[Update],
-    merged: Sequence[Merged],
+    prepared: Sequence[Prepared],
     grad_weight: Tensor | None,
     shape: torch.Size,
     needs: RequiredGrads,
@@ -457,7 +450,7 @@ def _factor_gradients(
     Gradients of updates that require none are `None`. Without `grad_weight`, required gradients are zero.
     """
     grads: list[Tensor | None] = []
-    for k, (update, matrices) in enumerate(zip(updates, merged, strict=True)):
+    for k, (update, matrices) in enumerate(zip(updates, prepared, strict=True)):
         if not any(needs.factors[k * NUM_FACTORS : (k + 1) * NUM_FACTORS]):
             grads += [None] * NUM_FACTORS
         elif grad_weight is None:

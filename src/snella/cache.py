@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from snella.autograd import RecomputeCache
+from snella.autograd import CheckpointCache
 from snella.kernels import Factors
 
 _optimizer_steps: list[int] = []  # the count, or empty until the first call of `optimizer_steps`
@@ -70,13 +70,13 @@ class AdapterState:
         key: Fingerprint of the factors and all other inputs, or `None` if the state is not shared.
         factors: The factors, kept alive because Python reuses the ids of freed objects.
         thresholds: `[G]`, or `None` before the first call.
-        recompute: Results of a forward pass that activation checkpointing repeats, for the backward pass.
+        checkpoint_cache: Results of a forward pass that activation checkpointing repeats, for the backward pass.
     """
 
     key: tuple[Any, ...] | None = None
     factors: Factors | None = None
     thresholds: Tensor | None = None
-    recompute: RecomputeCache = field(default_factory=RecomputeCache)
+    checkpoint_cache: CheckpointCache = field(default_factory=CheckpointCache)
 
 
 class LayerCache:

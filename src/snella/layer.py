@@ -94,7 +94,7 @@ class UpdatePlan(NamedTuple):
             op,
             weight_shape=weight_shape,
             cache_delta=self.cache_delta,
-            recompute=self.states[0].recompute if self.states else None,
+            checkpoint_cache=self.states[0].checkpoint_cache if self.states else None,
         )
         self.cache_thresholds(thresholds)
         return y

@@ -160,7 +160,7 @@ class MergeCache:
 
     Args:
         thresholds: `[G]`, or `None` before the first merge.
-        columns: `Merged.columns` of the last merge.
+        columns: `Prepared.columns` of the last merge.
     """
 
     thresholds: Tensor | None = None
@@ -182,10 +182,10 @@ def write_effective_weight(weight: Tensor, update: Update, out: Tensor, cache: M
     if weight.is_contiguous() and out.is_contiguous() and update.spec.backend != "reference":
         rows = weight.shape[0]
         backend = get_backend(update.spec.backend)
-        merged = backend.merge(update, cache.columns)
-        cache.thresholds = merged.thresholds
-        cache.columns = merged.columns
-        backend.add_update(update.spec, merged, weight.detach().view(rows, -1), out.detach().view(rows, -1))
+        prepared = backend.prepare(update, cache.columns)
+        cache.thresholds = prepared.thresholds
+        cache.columns = prepared.columns
+        backend.add_update(update.spec, prepared, weight.detach().view(rows, -1), out.detach().view(rows, -1))
     else:
         total, (cache.thresholds,) = compute_effective_weight(weight, [update], weight.shape)
         out.copy_(total)

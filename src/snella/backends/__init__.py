@@ -36,16 +36,16 @@ Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Merged:
-    """Merged matrices of an update: the result of `Backend.merge` and an argument of its other methods.
+class Prepared:
+    """An update prepared for a pass: the result of `Backend.prepare` and an argument of the other methods.
 
     Args:
         factors: Factors and scalars of the update.
         budgets: Budget of each matrix.
         thresholds: `[G]`, infinite for a budget of 0.
         delta: `ΔW` of each matrix (`None` for a budget of 0), or of all matrices in one tensor. With `cache_delta`, it
-            is saved for `merge` in the backward pass. If it is empty, the effective weight is saved instead.
-        columns: Softmax statistics of all columns, saved for `merge` in the backward pass if `delta` is not saved.
+            is saved for `prepare` in the backward pass. If it is empty, the effective weight is saved instead.
+        columns: Softmax statistics of all columns, saved for `prepare` in the backward pass if `delta` is not saved.
         workspace: Backend-specific data, valid until the factors change.
     """
 
@@ -67,46 +67,48 @@ class Backend(ABC):
         """Return the reason why updates with this spec and factors like `A` are not supported, or `None`."""
 
     @abstractmethod
-    def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:
+    def prepare(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Prepared:
         """Prepare every matrix with a nonzero budget for the other methods, and compute missing thresholds.
 
         Args:
             update: The update.
-            saved: `Merged.delta` or `Merged.columns` of an earlier call with the same factors.
+            saved: `Prepared.delta` or `Prepared.columns` of an earlier call with the same factors.
         """
 
     @abstractmethod
-    def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:
+    def add_update(self, spec: UpdateSpec, prepared: Prepared, base: Tensor, out: Tensor) -> None:
         """Write `base + scaling·S` into `out`.
 
         `base` and `out` are contiguous, floating-point `[m, n]` tensors that may share memory.
         """
 
     @abstractmethod
-    def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:
+    def grad_factors(self, spec: UpdateSpec, prepared: Prepared, grad_weight: Tensor) -> Gradients:
         """Return the gradients of factors and scalars, given `grad_weight` = ∂L/∂W `[m, n]`."""
 
     def add_and_grad_factors(
-        self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor, base: Tensor, out: Tensor
+        self, spec: UpdateSpec, prepared: Prepared, grad_weight: Tensor, base: Tensor, out: Tensor
     ) -> Gradients | None:
         """Perform `add_update` and `grad_factors` in one pass; if unsupported, return `None` and leave `out` as is."""
         return None
 
-    def grad_weight(self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product) -> Tensor:
+    def grad_where_nonzero(
+        self, spec: UpdateSpec, prepared: Prepared, grad_y: Tensor, x: Tensor, product: Product
+    ) -> Tensor:
         """Return ∂L/∂W `[m, n]` of a linear layer. Entries where `S` is zero are not used and may be zero.
 
         Args:
             spec: Settings of the update.
-            merged: Merged matrices. Matrices with budget 0 need no product.
+            prepared: The prepared update. Matrices with budget 0 need no product.
             grad_y: ∂L/∂y, `[tokens, m]`.
             x: `[tokens, n]`, in the dtype of `grad_y`.
             product: Computes the dense product.
         """
-        if all(merged.budgets):
+        if all(prepared.budgets):
             return product(grad_y, x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         result = torch.zeros(grad_y.shape[1], x.shape[1], dtype=dtype, device=x.device)
-        for rows, budget in zip(spec.rows, merged.budgets, strict=True):
+        for rows, budget in zip(spec.rows, prepared.budgets, strict=True):
             if budget:
                 result[rows] = product(grad_y[:, rows], x)
         return result
@@ -134,7 +136,7 @@ class TorchBackend(Backend):
     def unsupported_reason(self, spec: UpdateSpec, A: Tensor) -> str | None:  # noqa: D102
         return None
 
-    def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:  # noqa: D102
+    def prepare(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Prepared:  # noqa: D102
         spec, factors, budgets, thresholds = update
         delta = saved
         if not delta:
@@ -149,23 +151,23 @@ class TorchBackend(Backend):
                 for matrix, budget in zip(delta, budgets, strict=True)
             ]
             thresholds = torch.stack(matrix_thresholds)
-        return Merged(factors, budgets, thresholds, delta)
+        return Prepared(factors, budgets, thresholds, delta)
 
-    def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:  # noqa: D102
-        for group, (rows, delta) in enumerate(zip(spec.rows, merged.delta, strict=True)):
+    def add_update(self, spec: UpdateSpec, prepared: Prepared, base: Tensor, out: Tensor) -> None:  # noqa: D102
+        for group, (rows, delta) in enumerate(zip(spec.rows, prepared.delta, strict=True)):
             if delta is not None:
-                sparse = spec.scaling * sparsify(delta, merged.thresholds[group], spec.mode)
+                sparse = spec.scaling * sparsify(delta, prepared.thresholds[group], spec.mode)
                 torch.add(base[rows], sparse, out=out[rows])
             elif out is not base:
                 out[rows] = base[rows]
 
-    def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:  # noqa: D102
-        grads = zero_gradients(merged.factors)
-        for group, (matrix, rows) in enumerate(zip(spec.matrices(merged.factors), spec.rows, strict=True)):
-            delta = merged.delta[group]
+    def grad_factors(self, spec: UpdateSpec, prepared: Prepared, grad_weight: Tensor) -> Gradients:  # noqa: D102
+        grads = zero_gradients(prepared.factors)
+        for group, (matrix, rows) in enumerate(zip(spec.matrices(prepared.factors), spec.rows, strict=True)):
+            delta = prepared.delta[group]
             if delta is None:
                 continue
-            slope = sparsify_slope(delta, merged.thresholds[group], spec.mode)
+            slope = sparsify_slope(delta, prepared.thresholds[group], spec.mode)
             grad_delta = slope.mul_(grad_weight[rows].to(slope.dtype)).mul_(spec.scaling)
             store_gradients(grads, group, rows, spec.kernel.vjp(*matrix, grad_delta))
         return tuple(grads)
@@ -256,7 +258,7 @@ __all__ = [
     "Backend",
     "Gradients",
     "Implementation",
-    "Merged",
+    "Prepared",
     "TorchBackend",
     "choose_backend",
     "get_backend",

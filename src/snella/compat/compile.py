@@ -157,8 +157,8 @@ def _adapted_layer(
     """
     update = _decode(tensors, budgets, fields, spec, scaling)
     call = _decode_call(layer)
-    y, (merged,), _ = forward_pass(x, weight, bias, [update], call)
-    return y, merged.thresholds
+    y, (prepared,), _ = forward_pass(x, weight, bias, [update], call)
+    return y, prepared.thresholds
 
 
 @_adapted_layer.register_fake

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from snella.autograd import RecomputeCache
+from snella.autograd import CheckpointCache
 from snella.backends import TorchBackend
 from snella.backends.numba.backend import NumbaBackend
 from snella.functional import adapted_layer
@@ -37,14 +37,16 @@ def computed_weights(monkeypatch):
 
 def layer(problem, impl):
     """Create a layer function whose calls share thresholds and recompute cache, as in the tuner."""
-    cache, thresholds_cache = RecomputeCache(), []
+    cache, thresholds_cache = CheckpointCache(), []
 
     def run(x):
         update = problem.update(problem.tensors, impl)._replace(
             thresholds=thresholds_cache[0] if thresholds_cache else None
         )
         problem.tensors["x"] = x
-        y, thresholds = adapted_layer(x, problem.tensors["weight"], None, [update], problem.product, recompute=cache)
+        y, thresholds = adapted_layer(
+            x, problem.tensors["weight"], None, [update], problem.product, checkpoint_cache=cache
+        )
         thresholds_cache[:] = thresholds
         return y
 
@@ -90,7 +92,7 @@ def test_layer_used_twice_in_one_checkpoint_has_correct_gradients():
 
 
 def test_cache_is_invalid_after_weight_change(monkeypatch):
-    weight, cache = torch.zeros(9, 8), RecomputeCache()
+    weight, cache = torch.zeros(9, 8), CheckpointCache()
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
     problem = make_problem("mix_k", m=9, n=8)
     merged = [TorchBackend().merge(problem.update(problem.tensors))]

@@ -136,11 +136,13 @@ def test_updates_of_different_backends_are_added():
 @needs_triton
 def test_saved_and_recomputed_delta_give_equal_gradients():
     update, backend = update_of(rows=(3, 4, 5), n=6, budgets=(4, 0, 9)), get_backend("triton")
-    merged = backend.merge(update)
+    merged = backend.prepare(update)
     grad = torch.ones(12, 6, device=DEVICE)
     expected = backend.grad_factors(update.spec, merged, grad)
     # in new memory, e.g. after a hook for saved tensors
-    saved = backend.merge(update._replace(thresholds=merged.thresholds), tuple(delta.clone() for delta in merged.delta))
+    saved = backend.prepare(
+        update._replace(thresholds=merged.thresholds), tuple(delta.clone() for delta in merged.delta)
+    )
     assert all(
         torch.equal(*pair) for pair in zip(backend.grad_factors(update.spec, saved, grad), expected, strict=True)
     )

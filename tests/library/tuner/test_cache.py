@@ -558,7 +558,7 @@ def test_backward_pass_frees_the_recomputed_weight_with_a_cached_update(mlp):
     model = mlp.adapted(cache_delta=True).train()
     checkpoint(lambda x: mlp.run(model, x), mlp.inputs().requires_grad_(), use_reentrant=False).sum().backward()
     states = [state for matrix in adapted_matrices(model) for state in matrix.layer._cache._adapters.values()]
-    assert states and all(state.recompute._entry is None for state in states)
+    assert states and all(state.checkpoint_cache._entry is None for state in states)
 
 
 def test_deleted_model_is_freed_without_the_garbage_collector():

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snella.backends import Backend, Gradients, Merged, Product
+from snella.backends import Backend, Gradients, Prepared, Product
 from snella.backends.numba import backward, forward
 from snella.kernels import Factors, MixK, NormalizedRBF, PLinear
 from snella.sparsify import KEEP_ALL
@@ -86,7 +86,7 @@ class NumbaBackend(Backend):
             return f"normalizes over the outputs, got softmax_dim={spec.kernel.softmax_dim}"
         return None
 
-    def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:  # noqa: D102
+    def prepare(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Prepared:  # noqa: D102
         spec, factors, budgets, thresholds = update
         threshold_values = [None] * len(budgets) if thresholds is None else thresholds.tolist()
         columns = saved[0] if saved and thresholds is not None else None
@@ -102,11 +102,11 @@ class NumbaBackend(Backend):
             computed = [np.float32(np.inf) if matrix is None else matrix.threshold for matrix in workspace]
             thresholds = torch.from_numpy(np.array(computed, np.float32))
         has_softmax = isinstance(spec.kernel, NormalizedRBF) and any(budgets)
-        return Merged(factors, budgets, thresholds, (), (columns,) if has_softmax else (), workspace)
+        return Prepared(factors, budgets, thresholds, (), (columns,) if has_softmax else (), workspace)
 
-    def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:  # noqa: D102
+    def add_update(self, spec: UpdateSpec, prepared: Prepared, base: Tensor, out: Tensor) -> None:  # noqa: D102
         is_supported = base.dtype in _STORED_DTYPES and out.dtype in _STORED_DTYPES
-        for rows, matrix in zip(spec.rows, merged.workspace, strict=True):
+        for rows, matrix in zip(spec.rows, prepared.workspace, strict=True):
             if matrix is None:
                 if out is not base:
                     out[rows] = base[rows]
@@ -117,25 +117,25 @@ class NumbaBackend(Backend):
                 _add_matrix(spec, matrix, sparse.numpy(), sparse.numpy())
                 torch.add(base[rows], sparse, out=out[rows])
 
-    def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:  # noqa: D102
-        return _gradients(spec, merged, grad_weight, None)
+    def grad_factors(self, spec: UpdateSpec, prepared: Prepared, grad_weight: Tensor) -> Gradients:  # noqa: D102
+        return _gradients(spec, prepared, grad_weight, None)
 
     def add_and_grad_factors(  # noqa: D102
-        self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor, base: Tensor, out: Tensor
+        self, spec: UpdateSpec, prepared: Prepared, grad_weight: Tensor, base: Tensor, out: Tensor
     ) -> Gradients | None:
         if base.dtype not in _STORED_DTYPES or out.dtype not in _STORED_DTYPES:
             return None
-        return _gradients(spec, merged, grad_weight, (base, out))
+        return _gradients(spec, prepared, grad_weight, (base, out))
 
-    def grad_weight(  # noqa: D102
-        self, spec: UpdateSpec, merged: Merged, grad_y: Tensor, x: Tensor, product: Product
+    def grad_where_nonzero(  # noqa: D102
+        self, spec: UpdateSpec, prepared: Prepared, grad_y: Tensor, x: Tensor, product: Product
     ) -> Tensor:
         n, row_counts = x.shape[1], spec.row_counts
-        flags = [use_sddmm(spec, budget, m * n) for budget, m in zip(merged.budgets, row_counts, strict=True)]
+        flags = [use_sddmm(spec, budget, m * n) for budget, m in zip(prepared.budgets, row_counts, strict=True)]
         if not any(flags):
-            return super().grad_weight(spec, merged, grad_y, x, product)
+            return super().grad_where_nonzero(spec, prepared, grad_y, x, product)
         result = torch.zeros(spec.num_rows, n, dtype=torch.promote_types(x.dtype, torch.float32), device="cpu")
-        for rows, matrix, budget, is_sparse in zip(spec.rows, merged.workspace, merged.budgets, flags, strict=True):
+        for rows, matrix, budget, is_sparse in zip(spec.rows, prepared.workspace, prepared.budgets, flags, strict=True):
             if is_sparse:
                 sddmm_weight_grad(matrix, budget, grad_y[:, rows], x, result[rows])
             elif budget:
@@ -144,15 +144,15 @@ class NumbaBackend(Backend):
 
 
 def _gradients(
-    spec: UpdateSpec, merged: Merged, grad_weight: Tensor, base_and_out: tuple[Tensor, Tensor] | None
+    spec: UpdateSpec, prepared: Prepared, grad_weight: Tensor, base_and_out: tuple[Tensor, Tensor] | None
 ) -> Gradients:
     """Return the gradients of factors and scalars.
 
     With `base_and_out`, also write `base + scaling·S` into `out` in the same pass.
     """
-    grads = [None if f is None else torch.zeros(f.shape, dtype=torch.float32, device="cpu") for f in merged.factors]
+    grads = [None if f is None else torch.zeros(f.shape, dtype=torch.float32, device="cpu") for f in prepared.factors]
     arrays = [None if grad is None else as_array(grad) for grad in grads]
-    for group, (rows, matrix) in enumerate(zip(spec.rows, merged.workspace, strict=True)):
+    for group, (rows, matrix) in enumerate(zip(spec.rows, prepared.workspace, strict=True)):
         buffers = None if base_and_out is None else [tensor[rows] for tensor in base_and_out]
         if matrix is not None:
             # the layout of `Factors`: all tensors by matrix, except B by row
@@ -161,7 +161,7 @@ def _gradients(
             _grad_matrix(spec, matrix, grad_weight[rows].detach(), buffers, targets)
         elif buffers is not None:
             buffers[1].copy_(buffers[0])
-    pairs = zip(grads, merged.factors, strict=True)
+    pairs = zip(grads, prepared.factors, strict=True)
     return tuple([None if grad is None or f is None else grad.to(f.dtype) for grad, f in pairs])
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snella.backends import Backend, Gradients, Merged, zero_gradients
+from snella.backends import Backend, Gradients, Prepared, zero_gradients
 from snella.backends.triton import backward, forward
 from snella.kernels import Factors, MixK, NormalizedRBF, PLinear
 from snella.sparsify import KEEP_ALL
@@ -238,14 +238,14 @@ class TritonBackend(Backend):
                 return f"requires compute capability {needed}, got {got} on {str(A.device)!r}"
         return None
 
-    def merge(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Merged:  # noqa: D102
+    def prepare(self, update: Update, saved: tuple[Tensor | None, ...] = ()) -> Prepared:  # noqa: D102
         spec, factors, budgets, thresholds = update
         launches = _Launches(spec, factors, budgets)
         if not any(budgets):
             infinite = launches.new(launches.groups).fill_(torch.inf) if thresholds is None else thresholds
-            return Merged(factors, budgets, infinite)
+            return Prepared(factors, budgets, infinite)
         if saved and thresholds is not None:
-            return Merged(factors, budgets, thresholds, saved)
+            return Prepared(factors, budgets, thresholds, saved)
         with launches.on_device():
             stats = launches.softmax_stats()
             matrix = launches.new(launches.m, launches.n)
@@ -254,24 +254,24 @@ class TritonBackend(Backend):
             else:
                 thresholds = thresholds.detach().to(torch.float32)
                 launches.merge(matrix, stats)
-        return Merged(factors, budgets, thresholds, (matrix,), workspace=stats)
+        return Prepared(factors, budgets, thresholds, (matrix,), workspace=stats)
 
-    def add_update(self, spec: UpdateSpec, merged: Merged, base: Tensor, out: Tensor) -> None:  # noqa: D102
-        (delta,) = merged.delta or (None,)
+    def add_update(self, spec: UpdateSpec, prepared: Prepared, base: Tensor, out: Tensor) -> None:  # noqa: D102
+        (delta,) = prepared.delta or (None,)
         if delta is None:
             if out is not base:
                 out.copy_(base)
             return
-        launches = _Launches(spec, merged.factors, merged.budgets)
+        launches = _Launches(spec, prepared.factors, prepared.budgets)
         with launches.on_device():
-            launches.add_sparse(delta, merged.thresholds, base, out)
+            launches.add_sparse(delta, prepared.thresholds, base, out)
 
-    def grad_factors(self, spec: UpdateSpec, merged: Merged, grad_weight: Tensor) -> Gradients:  # noqa: D102
-        (delta,) = merged.delta or (None,)
+    def grad_factors(self, spec: UpdateSpec, prepared: Prepared, grad_weight: Tensor) -> Gradients:  # noqa: D102
+        (delta,) = prepared.delta or (None,)
         if delta is None:
-            return tuple(zero_gradients(merged.factors))
-        launches = _Launches(spec, merged.factors, merged.budgets)
+            return tuple(zero_gradients(prepared.factors))
+        launches = _Launches(spec, prepared.factors, prepared.budgets)
         with launches.on_device():
             # recompute the softmax statistics if only ΔW was saved
-            stats = merged.workspace or launches.softmax_stats()
-            return launches.gradients(delta, merged.thresholds, stats, grad_weight.detach().contiguous())
+            stats = prepared.workspace or launches.softmax_stats()
+            return launches.gradients(delta, prepared.thresholds, stats, grad_weight.detach().contiguous())

@@ -88,12 +88,12 @@ def _compare(spec: UpdateSpec, A: Tensor) -> str | None:
     )
     results = []
     for implementation, inputs, weight, grad_weight in sides:
-        merged = implementation.merge(Update(spec, inputs, budgets))
+        prepared = implementation.prepare(Update(spec, inputs, budgets))
         out = torch.empty_like(weight)
-        implementation.add_update(spec, merged, weight, out)
-        stats = merged.workspace or _softmax_stats(spec, inputs)
-        grads = implementation.grad_factors(spec, merged, grad_weight)
-        tensors = (*stats, merged.delta[0], merged.thresholds, out, *grads)
+        implementation.add_update(spec, prepared, weight, out)
+        stats = prepared.workspace or _softmax_stats(spec, inputs)
+        grads = implementation.grad_factors(spec, prepared, grad_weight)
+        tensors = (*stats, prepared.delta[0], prepared.thresholds, out, *grads)
         results.append([None if tensor is None else tensor.to("cpu") for tensor in tensors])
     exact = zip(_LAUNCHES, results[1], strict=True)
     sizes = {name: value.abs().max().item() for name, value in exact if value is not None}
