@@ -246,10 +246,11 @@ def _read(spec: Any, config: DataConfig, target: TargetKind) -> Collection:
         raise ValueError(
             f"columns applies only to data with columns ({', '.join(_TABLES)}), got {config.columns!r} with {spec}"
         )
-    if config.reading != RGB and prefix not in (_FOLDER, *_TABLES):
+    is_known = prefix in _READERS or prefix in _registered()
+    if config.reading != RGB and is_known and prefix not in (_FOLDER, *_TABLES):
+        given = [f"{name}={value}" for name, value in (("channels", config.channels), ("white", config.white)) if value]
         raise ValueError(
-            f"channels and white apply only to {', '.join((_FOLDER, *_TABLES))}, got channels={config.channels} and "
-            f"white={config.reading.white} with {spec}"
+            f"channels and white apply only to {', '.join((_FOLDER, *_TABLES))}, got {' and '.join(given)} with {spec}"
         )
     if path is not None and prefix in _READERS:
         collection = _READERS[prefix](path, config, target)

@@ -325,7 +325,9 @@ def calibration_section(info: RunInfo, predictions: Predictions) -> dict[str, An
                 "Accuracy among the images with the highest probabilities, against coverage.",
             )
         )
-    tendency = "overconfident" if calibration.temperature > 1 else "underconfident"
+    tendency = ""
+    if calibration.temperature != 1:
+        tendency = "overconfident" if calibration.temperature > 1 else "underconfident"
     rows = [{"split": split_text(reliability.split), "values": reliability} for reliability in calibration.reliability]
     return {
         "temperature": f"{calibration.temperature:.3g}",

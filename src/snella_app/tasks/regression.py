@@ -31,6 +31,15 @@ _MAX_FLOAT32_RATIO = 1e4
 """Ratio of mean to standard deviation above which float32 rounds targets by about 1e-3 standard deviations or more."""
 
 
+_FORMATS_OF_SEVERAL_TARGETS = {
+    "epoch_format": "R² {val_r2:.4f}",
+    "val_format": "R² {r2:.4f}",
+    "test_format": "R² {r2:.4f}",
+    "result_format": "R² {r2:.4f}, loss {loss:.4f}",
+}
+"""Formats without MAE and RMSE, whose means over targets with different units have no meaning."""
+
+
 @dataclass(frozen=True)
 class RegressionTask(Task):
     """Loss and metrics for one or several regression targets per image.
@@ -79,13 +88,22 @@ class RegressionTask(Task):
                 raise ValueError(f"{name} must have one value for each of {count} targets, got {len(values)}")
             if not values:
                 object.__setattr__(self, name, (default,) * count)
+        if count > 1:  # the errors of the targets may have different units
+            for name, text in _FORMATS_OF_SEVERAL_TARGETS.items():
+                object.__setattr__(self, name, text)
 
     def encode(self, target: Any) -> Tensor:
         """Return the targets, `[targets]`, float64."""
         return torch.tensor(target if isinstance(target, tuple | list) else [target], dtype=torch.float64)
 
     def fitted(self, train: ImageDataset) -> Self:
-        """Return the task with the mean, standard deviation, and median of the training targets."""
+        """Return the task with the mean, standard deviation, and median of the training targets.
+
+        Raises:
+            ValueError: If `monitor` is an error in the targets' units, although there are several targets.
+        """
+        if len(self.names) > 1 and self.monitor in ("mae", "rmse"):
+            raise ValueError(f"monitor must be loss or r2 with several targets, got {self.monitor!r}")
         values = self._values(train)
         std = np.where(np.ptp(values, 0) > 0, values.std(0), 1.0)  # rounding can make the std of equal values positive
         return dataclasses.replace(

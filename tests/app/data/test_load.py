@@ -65,6 +65,11 @@ def test_an_unknown_specification_error_suggests_the_nearest(spec, message):
         load_data(spec)
 
 
+def test_unknown_data_is_reported_before_options_that_do_not_apply():
+    with pytest.raises(ValueError, match=r"data must be a folder, a table or one of .*, got 'qqqq'"):
+        load_data("qqqq", DataConfig(channels=5))
+
+
 def test_a_bare_path_is_resolved_by_its_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = "photos/cat lungs/images lungs/masks shards saved digits rows mixed/a named/train hub/data/train flat"

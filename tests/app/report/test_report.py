@@ -441,7 +441,7 @@ def test_a_calibrated_run_shows_its_reliability_and_the_suggested_threshold(run)
     page = Page(write_report(run.folder).read_text(encoding="utf-8"))
     for phrase in (
         "The model was overconfident",
-        "logits by 1.7",
+        "logits by the temperature 1.7",
         "7.1% → 3.3%",
         "probability below 61.0%",
         "perfectly calibrated",

@@ -194,6 +194,15 @@ def test_large_targets_keep_their_precision():
     assert values[:, 0].tolist() == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5])
 
 
+def test_errors_of_targets_with_different_units_are_not_averaged_in_texts():
+    several, one = RegressionTask(("weight_g", "length_m")), RegressionTask(("weight_g",))
+    for name in ("epoch_format", "val_format", "test_format", "result_format"):
+        assert "R²" in getattr(several, name) and "MAE" not in getattr(several, name)
+        assert "MAE" in getattr(one, name)
+    with pytest.raises(ValueError, match="monitor must be loss or r2 with several targets, got 'mae'"):
+        RegressionTask(("weight_g", "length_m"), monitor="mae").fitted(None)
+
+
 def test_a_regression_rejects_missing_targets():
     task = RegressionTask(("x", "y"))
     assert task.remap_labels(torch.tensor([1.0, 2.0]), [1, 0]).tolist() == [2.0, 1.0]

@@ -53,7 +53,7 @@ def test_autocast_does_not_change_merge_and_selection(kernel):
 
     def compute() -> list[Tensor]:
         update = problem.update(problem.tensors)
-        merged = TorchBackend().merge(update)
+        merged = TorchBackend().prepare(update)
         eager, _ = compute_effective_weight(weight, [update], weight.shape)
         sparse, thresholds = sparsify_update(update)
         assert torch.equal(thresholds, merged.thresholds)

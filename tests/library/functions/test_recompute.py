@@ -95,7 +95,7 @@ def test_cache_is_invalid_after_weight_change(monkeypatch):
     weight, cache = torch.zeros(9, 8), CheckpointCache()
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
     problem = make_problem("mix_k", m=9, n=8)
-    merged = [TorchBackend().merge(problem.update(problem.tensors))]
+    merged = [TorchBackend().prepare(problem.update(problem.tensors))]
     effective = torch.ones(9, 8)
     cache.stash(effective, merged, weight)
     assert cache.take(weight, torch.float32, 1) == (effective, merged)

@@ -26,7 +26,7 @@ def merged(magnitudes, budgets, mode="soft"):
         "piece_coeff": torch.tensor([[(-1.0) ** k] for k in range(len(groups))], device=DEVICE),
     }
     update = replace(problem, tensors=tensors).update(tensors)
-    merged = TritonBackend().merge(update)
+    merged = TritonBackend().prepare(update)
     pairs = zip(update.spec.rows, update.budgets, strict=True)
     return [merged.delta[0][rows] if budget else None for rows, budget in pairs], merged.thresholds
 
@@ -92,6 +92,6 @@ def test_known_thresholds_are_reused():
 
     problem = triton_problem(rows=(5, 4), n=6, budgets=(7, 9))
     update = problem.update(problem.tensors)
-    thresholds = TritonBackend().merge(update).thresholds
-    repeated = TritonBackend().merge(update._replace(thresholds=thresholds)).thresholds
+    thresholds = TritonBackend().prepare(update).thresholds
+    repeated = TritonBackend().prepare(update._replace(thresholds=thresholds)).thresholds
     assert torch.equal(repeated, thresholds)

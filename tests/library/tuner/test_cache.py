@@ -36,7 +36,7 @@ def count(monkeypatch, calls, *functions):
 def merges(monkeypatch):
     """Count merges of factors."""
     calls = []
-    count(monkeypatch, calls, (TorchBackend, "merge"), (numba_backend, "pack_factors"))
+    count(monkeypatch, calls, (TorchBackend, "prepare"), (numba_backend, "pack_factors"))
     return calls
 
 
