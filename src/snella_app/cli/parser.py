@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import cache
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -137,7 +137,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     options = [] if name is None else options_of(COMMANDS[name].function)
     if name is not None:
         _check_options(name, options, args)
-        args = _expand_flags(options, _expand_preset(name, options, args))
+        args = _expand_flags(options, _expand_preset(name, options, _configs_first(name, args)))
     try:
         has_defaults = name is None or settings_class(COMMANDS[name].function) is None
         values = _build_parser(name).parse_args([*args, *operands], defaults=has_defaults)
@@ -369,6 +369,20 @@ def _expand_flags(options: Sequence[Option], args: Sequence[str]) -> list[str]:
         is_bare_optional = arg in optional_flags and (not follower or follower.startswith("-"))
         expanded.append(f"{arg}=true" if is_bare_flag or is_bare_optional else arg)
     return expanded
+
+
+def _configs_first(command: str, args: Sequence[str]) -> list[str]:
+    """Move `--config FILE` before the other options, which take precedence wherever they are."""
+    start = args.index(command) + 1
+    configs: list[str] = []
+    others: list[str] = []
+    remaining = iter(args[start:])
+    for arg in remaining:
+        target = configs if arg.partition("=")[0] == "--config" else others
+        target.append(arg)
+        if arg == "--config":
+            target += islice(remaining, 1)
+    return [*args[:start], *configs, *others]
 
 
 def _expand_preset(command: str, options: Sequence[Option], args: Sequence[str]) -> Sequence[str]:

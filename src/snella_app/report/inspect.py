@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from snella_app.console import counted
 from snella_app.records.generators import AnswerScores, GeneratorMetrics, SubjectFidelity
 from snella_app.records.record import read, read_if_present
-from snella_app.records.run import Allocation, MatrixInfo, Metrics, RunInfo, reject_cross_validation, status_text
+from snella_app.records.run import Allocation, MatrixInfo, Metrics, RunInfo, reject_cross_validation
 from snella_app.report.allocation import MatrixGrid, group_matrices
 from snella_app.text import bytes_text, listed, percent_text, plain_text, seconds_text
 
@@ -142,11 +142,12 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def inspect_run(run: str | Path) -> Group:
+def inspect_run(run: str | Path, *, was_killed: bool = False) -> Group:
     """Describe the files of a run in tables for a rich console, without loading its backbone or data.
 
     Args:
         run: Folder of the run, finished or not.
+        was_killed: True if no process is training an unfinished run whose status is `running`.
 
     Raises:
         FileNotFoundError: If `run.json`, or a finished run's `metrics.json` or `allocation.json`, is missing.
@@ -161,7 +162,7 @@ def inspect_run(run: str | Path) -> Group:
     metrics = read_if_present(Metrics, folder)
     allocation = read_if_present(Allocation, folder)
     adapter = read_adapter(folder)
-    rows = [("run", str(folder)), ("status", status_text(info.status))]
+    rows = [("run", str(folder)), ("status", "killed" if was_killed else info.status)]
     if info.error:
         rows.append(("error", info.error))
     rows.append(("method", info.method))

@@ -8,7 +8,7 @@ import glob
 import io
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -167,36 +167,39 @@ def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
     raise TypeError(f"images must be files, bytes, {pil_text}arrays or tensors, got {type(image).__name__} for {name}")
 
 
-def new_files(folders: Sequence[Path], known: Iterable[Path]) -> Iterator[list[Path]]:
+def new_files(folders: Sequence[Path], done: Set[Path]) -> Iterator[list[Path]]:
     """Watch folders for new images indefinitely.
 
     Folders are polled, because polling also works on network drives. A nonempty file is complete once its size and
-    modification time are unchanged between two polls.
+    modification time are unchanged between two polls. An image is yielded again if it changes before it is done, for
+    example because it was not yet complete.
 
     Args:
         folders: Folders to watch, recursively.
-        known: Images that are not new.
+        done: Resolved paths of images that are not new. The caller may add images at any time.
 
     Yields:
         New images after each poll, sorted by path within each folder. The list is empty if there are none.
     """
-    seen = {path.resolve() for path in known}
+    yielded: dict[Path, tuple[int, int]] = {}
     states: dict[Path, tuple[int, int]] = {}
     while True:
         complete = []
         previous_states = states
         states = {}
         for path in (path for folder in folders for path in _images_in(folder)):
-            if path.resolve() in seen:
+            if path.resolve() in done:
                 continue
             try:
                 stat = path.stat()
             except OSError:  # the file was deleted
                 continue
             states[path] = (stat.st_size, stat.st_mtime_ns)
-            if previous_states.get(path) == states[path] and stat.st_size:
+            is_complete = previous_states.get(path) == states[path] and stat.st_size
+            resolved = path.resolve()
+            if is_complete and yielded.get(resolved) != states[path]:
                 complete.append(path)
-                seen.add(path.resolve())
+                yielded[resolved] = states[path]
         yield complete
         time.sleep(_POLL_S)
 

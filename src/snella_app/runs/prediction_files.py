@@ -218,19 +218,18 @@ def _watch_predictions(
 ) -> Iterator[Any]:
     """Yield predictions for files, then for new images in folders until interrupted.
 
-    Images that are listed in `out`, the table of an earlier call, are not predicted again.
+    Images that are listed in `out`, the table of an earlier call, are not predicted again. Images that cannot be read
+    are tried again if they change.
     """
     written = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
     done = {path.resolve() for path in written}
-    predicted = []
-    for prediction in predict_paths([path for path in files if path.resolve() not in done]):
-        predicted.append(prediction.path)
-        yield prediction
-    for new_paths in new_files(folders, [*written, *predicted]):
-        if signals:
-            return
-        if new_paths:
-            yield from predict_paths(new_paths)
+    paths = [path for path in files if path.resolve() not in done]
+    polls = new_files(folders, done)
+    while not signals:
+        for prediction in predict_paths(paths) if paths else ():
+            done.add(prediction.path.resolve())
+            yield prediction
+        paths = next(polls)
 
 
 @contextlib.contextmanager

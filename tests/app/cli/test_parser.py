@@ -37,7 +37,9 @@ def test_flags_accept_an_optional_value():
         ("--preset official --method-options.kernel rbf", {"method_options": {"preset": "official", "kernel": "rbf"}}),
         ("--config file.yaml", {"epochs": 7, "scaling": 1.0}),
         ("--config file.yaml --preset official", {"epochs": 7, "method_options": {"preset": "official"}}),
-        ("--preset official --config file.yaml", {"epochs": 7, "method_options": {"preset": "paper"}}),
+        ("--preset official --config file.yaml", {"epochs": 7, "method_options": {"preset": "official"}}),
+        ("--epochs 9 --config file.yaml", {"epochs": 9, "method_options": {"preset": "paper"}}),
+        ("--epochs=9 --config=file.yaml --seed 3", {"epochs": 9, "seed": 3}),
         ("--config=file.yaml --epochs 9", {"epochs": 9, "method_options": {"preset": "paper"}}),
     ],
 )
@@ -107,7 +109,9 @@ def test_a_list_in_a_configuration_file_is_rejected(tmp_path):
 
 @pytest.mark.parametrize("option", ["--max-steps", "--warmup-steps", "--lora-alpha", "--name", "--project"])
 def test_options_with_another_meaning_are_not_translated(option):
-    with pytest.raises(UsageError, match=f"snella train has no option {option}(; nearest: .*)?; see"):
+    with pytest.raises(
+        UsageError, match=f"snella train has no option {option}; (nearest: .*|options of the method .*); see"
+    ):
         parse(["train", option, "1"])
 
 

@@ -117,7 +117,7 @@ def test_a_method_without_budgets_shows_only_sizes(run):
 def test_an_unfinished_run_can_be_inspected(run):
     run.run_json(status="running")
     text = printed(run)
-    assert "running or killed" in text
+    assert re.search(r"^status +running ", text, re.MULTILINE)
     assert "best epoch" not in text and "adapter" not in text
 
 

@@ -273,7 +273,8 @@ def test_a_table_with_a_prefix_may_have_any_suffix(photos):
 def test_new_files_are_yielded_once_when_complete(tmp_path, photos, monkeypatch):
     (tmp_path / "inner").mkdir()
     monkeypatch.setattr("snella_app.runs.image_inputs._POLL_S", 0.0)
-    polls = new_files([tmp_path, tmp_path / "inner"], [])
+    done = set()
+    polls = new_files([tmp_path, tmp_path / "inner"], done)
     assert next(polls) == []
     content = (photos / "cats" / "000.png").read_bytes()
     (tmp_path / "a.png").write_bytes(content[:100])
@@ -286,6 +287,12 @@ def test_new_files_are_yielded_once_when_complete(tmp_path, photos, monkeypatch)
     (tmp_path / "inner" / "c.png").write_bytes(content)
     assert next(polls) == []
     assert next(polls) == [tmp_path / "inner" / "c.png"]
+    for is_done in (False, True):
+        (tmp_path / "a.png").write_bytes(content + b"0" * (1 + is_done))
+        if is_done:
+            done.add((tmp_path / "a.png").resolve())
+        assert next(polls) == []
+        assert next(polls) == ([] if is_done else [tmp_path / "a.png"])
 
 
 def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkeypatch, capsys):
@@ -294,7 +301,7 @@ def test_watching_appends_rows_and_is_resumed(finished, photos, tmp_path, monkey
     shutil.copy(photos / "cats" / "000.png", inbox / "a.png")
 
     def arrivals(names):
-        def new_files(folders, known, poll_s=0.5):
+        def new_files(folders, done):
             for name in names:
                 if name.endswith(".png"):
                     shutil.copy(photos / "dogs" / "001.png", inbox / name)
@@ -435,6 +442,7 @@ def test_features_of_an_mlp_head_are_its_inputs(finished):
 def test_watching_continues_an_edited_table_but_no_other_file(finished, photos, tmp_path, monkeypatch):
     def new_files(*_):
         raise KeyboardInterrupt
+        yield
 
     monkeypatch.setattr("snella_app.runs.prediction_files.new_files", new_files)
     images, out = [str(photos / "cats" / "000.png"), str(tmp_path)], tmp_path / "rows.csv"
@@ -450,18 +458,22 @@ def test_watching_continues_an_edited_table_but_no_other_file(finished, photos, 
 
 
 def test_a_table_with_windows_line_ends_is_continued(finished, photos, tmp_path, monkeypatch):
-    known = []
+    known = set()
 
-    def new_files(folders, images, poll_s=0.5):
-        known.extend(images)
+    def new_files(folders, done):
+        known.update(done)
         raise KeyboardInterrupt
+        yield
 
     monkeypatch.setattr("snella_app.runs.prediction_files.new_files", new_files)
     images, out = [str(photos / "cats" / "000.png"), str(photos)], tmp_path / "rows.csv"
     out.write_bytes(b"image,label,probability\r\nold.png,cats,0.5\r\n")
     predict_to_files(str(finished.path), images, out=str(out), watch=True, top_k=1)
     assert [line.split(",")[0] for line in out.read_text().splitlines()] == ["image", "old.png", images[0]]
-    assert known == [Path("old.png"), Path(images[0])]  # not predicted again when it is found in the folder
+    assert known == {
+        Path("old.png").resolve(),
+        Path(images[0]).resolve(),
+    }  # not predicted again when it is found in the folder
 
 
 def test_other_data_may_be_a_path(finished, photos):
