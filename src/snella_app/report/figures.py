@@ -325,14 +325,14 @@ def calibration_section(info: RunInfo, predictions: Predictions) -> dict[str, An
                 "Accuracy among the images with the highest probabilities, against coverage.",
             )
         )
-    tendency = ""
-    if calibration.temperature != 1:
-        tendency = "overconfident" if calibration.temperature > 1 else "underconfident"
+    bins = calibration.reliability[0].bins_before  # of the validation images, to which the temperature is fitted
+    count = sum(b.count for b in bins)
     rows = [{"split": split_text(reliability.split), "values": reliability} for reliability in calibration.reliability]
     return {
         "temperature": f"{calibration.temperature:.3g}",
         "summary": calibration.summary,
-        "tendency": tendency,
+        "mean_confidence": sum(b.count * b.confidence for b in bins) / count,
+        "mean_accuracy": sum(b.count * b.accuracy for b in bins) / count,
         "rows": rows,
         "threshold": calibration.threshold,
         "coverage": calibration.coverage,

@@ -27,8 +27,6 @@ def calibrate(measured: Mapping[str, tuple[Tensor, Tensor]]) -> Calibration | No
     Args:
         measured: Probabilities `[images, classes]` and labels `[images]`, by split.
 
-    The temperature stays 1 unless the fitted one reduces the loss on the validation images.
-
     Returns:
         The calibration, or None if there are no validation images. Test images must not be used for fitting.
     """
@@ -40,8 +38,6 @@ def calibrate(measured: Mapping[str, tuple[Tensor, Tensor]]) -> Calibration | No
         logits_and_labels[split] = (probabilities.double().clamp_min(_TINY).log(), labels)
     val_logits, val_labels = logits_and_labels["val"]
     temperature = fit_temperature(val_logits, val_labels)
-    if F.cross_entropy(val_logits / temperature, val_labels) >= F.cross_entropy(val_logits, val_labels):
-        temperature = 1.0  # only the smoothed loss decreased, because few or no validation images are misclassified
     confidence, predicted = (val_logits / temperature).softmax(1).max(1)
     threshold, coverage, accuracy = unsure_threshold(confidence, predicted == val_labels)
     measured_splits = [split for split in ("val", "test") if split in logits_and_labels]

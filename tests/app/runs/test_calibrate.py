@@ -49,14 +49,6 @@ def test_perfect_predictions_keep_a_finite_confidence():
     assert right == pytest.approx(1 - 0.5 / 22, abs=1e-4)  # equals the smoothed target
 
 
-def test_temperature_that_increases_the_validation_loss_is_not_used():
-    logits, labels = torch.tensor([[8.0, 0.0], [0.0, 8.0]] * 10), torch.tensor([0, 1] * 10)
-    assert fit_temperature(logits, labels) > 1
-    calibration = calibrate({"val": (logits.softmax(1), labels)})
-    (reliability,) = calibration.reliability
-    assert calibration.temperature == 1 and reliability.loss == reliability.loss_before
-
-
 def test_calibration_lowers_the_error_on_every_split():
     logits, labels = sample(3.0, images=4000)
     measured = {"val": (logits[:2000].softmax(1), labels[:2000]), "test": (logits[2000:].softmax(1), labels[2000:])}
