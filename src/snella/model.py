@@ -100,7 +100,7 @@ class SnellaModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Resolve and validate the targets and tokens before changing the model.
 
-        The resolved names replace those in this adapter's copy of the configuration.
+        The resolved names replace those in the configuration.
         """
         if not isinstance(peft_config, SnellaConfig):
             raise TypeError(f"config must be a SnellaConfig, got {type(peft_config).__name__}")
@@ -289,11 +289,7 @@ class SnellaModel(BaseTuner):
         return match
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the model, which remains unchanged on failure.
-
-        The adapter has its own copy of the configuration, so another model can use the same `SnellaConfig`.
-        """
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        """Add an adapter to the model, which remains unchanged on failure."""
         children_before = [(module, dict(module._modules)) for module in model.modules()]
         flags_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
@@ -324,7 +320,7 @@ class SnellaModel(BaseTuner):
         if not config.inference_mode:
             _warn_of_unmatched(config, self.model)
             find_layers = partial(_adapted_layers, adapter_names=[adapter_name])
-            config.watch = TrainingWatch()
+            config.watch = TrainingWatch()  # the configuration may have been used for another model
             config.watch.start(self.model, adapter_name, find_layers, head_layers)
         attach_tokens(
             model,
