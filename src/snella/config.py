@@ -397,7 +397,7 @@ class SnellaConfig(PeftConfig):
         """Return messages about invalid choices, with the closest valid choice if any, and about conflicting ones."""
         choices = {
             "preset": get_args(Preset),
-            "kernel": kernel_names(),
+            "kernel": kernel_names() if find_kernel(self.kernel) is None else (self.kernel,),
             "sparsify_mode": get_args(SparsifyMode),
             "allocation": get_args(Allocation),
             "schedule": get_args(Schedule),

@@ -290,22 +290,23 @@ def find_kernel(name: str) -> type[Kernel] | None:
     Raises:
         ImportError: If the kernel of a package cannot be imported, or has another name than its entry point.
     """
-    if name not in KERNELS:
-        for entry in entry_points(group="snella.kernels", name=name):
-            package = entry.module if entry.dist is None else entry.dist.name
-            try:
-                kernel = entry.load()
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-                raise ImportError(
-                    f"kernel {name!r} cannot be imported ({reason}); update or uninstall {package}"
-                ) from error
-            if kernel.name != name:
-                raise ImportError(
-                    f"{package} registers a kernel with the name {kernel.name!r} as {name!r}; the names must be equal"
-                )
-            KERNELS[name] = kernel
-    return KERNELS.get(name)
+    if name in KERNELS:
+        return KERNELS[name]
+    entry = next(iter(entry_points(group="snella.kernels", name=name)), None)
+    if entry is None:
+        return None
+    package = entry.module if entry.dist is None else entry.dist.name
+    try:
+        kernel: type[Kernel] = entry.load()
+    except Exception as error:  # a package's module may raise any error
+        reason = f"{type(error).__name__}: {error}"
+        raise ImportError(f"kernel {name!r} cannot be imported ({reason}); update or uninstall {package}") from error
+    if kernel.name != name:
+        raise ImportError(
+            f"{package} registers a kernel with the name {kernel.name!r} as {name!r}; the names must be equal"
+        )
+    KERNELS[name] = kernel
+    return kernel
 
 
 def kernel_names() -> list[str]:

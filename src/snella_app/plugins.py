@@ -24,7 +24,7 @@ from typing import Any
 def plugin(group: str, name: str, reserved: frozenset[str] = frozenset()) -> Any:
     """Load the object registered as `name` in `snella.{group}`, or return None if no package registers it.
 
-    Entries whose name is reserved or taken are skipped with a warning.
+    An entry with a reserved name, or with the name of an earlier entry, is skipped with a warning.
 
     Raises:
         ImportError: If the module cannot be imported.

@@ -464,8 +464,9 @@ def inspect(
         console.print(memory_table(backbone, **given))
     if run is not None:
         folder = RunFolder(run)
-        console.print(inspect_run(run, was_killed=folder.was_killed))
-        if folder.was_killed:
+        was_killed = folder.was_killed
+        console.print(inspect_run(run, was_killed=was_killed))
+        if was_killed:
             name = (read(RunInfo, run).command or "snella train").split()[1]
             print_line(
                 console,

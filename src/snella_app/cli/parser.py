@@ -114,7 +114,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         arguments: Command line without the program name; `--debug` is ignored. Arguments after `--` are positional.
 
     Returns:
-        Name of the command, and its settings. Default values of a `Config` are left out.
+        Name of the command, and its settings. If a `Config` defines the options, defaults are left out.
 
     Raises:
         UsageError: If a command or option is unknown, or a value is missing or malformed.

@@ -147,7 +147,7 @@ def inspect_run(run: str | Path, *, was_killed: bool = False) -> Group:
 
     Args:
         run: Folder of the run, finished or not.
-        was_killed: True if no process is training an unfinished run whose status is `running`.
+        was_killed: True if the process of the run was killed, which leaves its status at `running`.
 
     Raises:
         FileNotFoundError: If `run.json`, or a finished run's `metrics.json` or `allocation.json`, is missing.

@@ -37,7 +37,7 @@ _FORMATS_OF_SEVERAL_TARGETS = {
     "test_format": "R² {r2:.4f}",
     "result_format": "R² {r2:.4f}, loss {loss:.4f}",
 }
-"""Formats without MAE and RMSE, whose means over targets with different units have no meaning."""
+"""Formats without MAE and RMSE, which cannot be averaged over targets with different units."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class RegressionTask(Task):
                 raise ValueError(f"{name} must have one value for each of {count} targets, got {len(values)}")
             if not values:
                 object.__setattr__(self, name, (default,) * count)
-        if count > 1:  # the errors of the targets may have different units
+        if count > 1:
             for name, text in _FORMATS_OF_SEVERAL_TARGETS.items():
                 object.__setattr__(self, name, text)
 

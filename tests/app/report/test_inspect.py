@@ -18,9 +18,9 @@ from snella_app.report.inspect import current_budgets, inspect_run, read_adapter
 from snella_app.text import bytes_text
 
 
-def printed(run):
+def printed(run, was_killed=False):
     console = Console(file=io.StringIO(), width=140)
-    console.print(inspect_run(run.folder))
+    console.print(inspect_run(run.folder, was_killed=was_killed))
     return console.file.getvalue().replace("\N{NO-BREAK SPACE}", " ")
 
 
@@ -118,6 +118,7 @@ def test_an_unfinished_run_can_be_inspected(run):
     run.run_json(status="running")
     text = printed(run)
     assert re.search(r"^status +running ", text, re.MULTILINE)
+    assert re.search(r"^status +killed ", printed(run, was_killed=True), re.MULTILINE)
     assert "best epoch" not in text and "adapter" not in text
 
 

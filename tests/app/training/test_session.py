@@ -94,7 +94,9 @@ def test_inspect_reports_a_killed_run_and_its_report_stops_refreshing(tmp_path, 
     assert "no process is training it" not in capsys.readouterr().out
     RunFolder(out).update("running")
     assert main(["inspect", out, "--report"]) == 0
-    assert f"resume it with snella train --out {out} --resume" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"resume it with snella train --out {out} --resume" in text
+    assert re.search(r"^status +killed$", text, re.MULTILINE)
     assert ">stopped<" in RunFolder(out).report.read_text()
     RunFolder(out).update("running", command="snella dreambooth --steps 3 --out here")
     assert main(["inspect", out]) == 0
