@@ -22,6 +22,7 @@ from folders import DEVELOPMENT, FOLDERS
 from metrics import score
 
 from snella_app.cli.main import main as snella
+from snella_app.runs.folder import RunFolder
 from snella_app.runs.predict import load
 from snella_app.text import decimal_text
 from snella_lab.bench.rows import append_rows, read_rows
@@ -71,7 +72,7 @@ def main() -> None:
 
 
 def measure(folder: Path, run: dict) -> dict:
-    """Train with the recipe and return the test scores and seconds."""
+    """Train with the recipe and return the test scores, the precision, and the seconds."""
     classes = sorted(path.name for path in (folder / "test").iterdir())
     pairs = [(file, label) for label, name in enumerate(classes) for file in sorted((folder / "test" / name).iterdir())]
     with tempfile.TemporaryDirectory(prefix="snella-methods-") as out:
@@ -82,9 +83,14 @@ def measure(folder: Path, run: dict) -> dict:
         if status := snella(arguments):
             raise SystemExit(f"snella {' '.join(arguments)} exited with status {status}")
         seconds = time.perf_counter() - begun
+        precision = RunFolder(Path(out)).read_config().optim.precision
         rankings = [dict(prediction.ranking) for prediction in load(Path(out)).predict([file for file, _ in pairs])]
     probabilities = np.array([[ranking[name] for name in classes] for ranking in rankings])
-    return {**score(probabilities, np.array([label for _, label in pairs])), "seconds": round(seconds, 1)}
+    return {
+        **score(probabilities, np.array([label for _, label in pairs])),
+        "precision": precision,
+        "seconds": round(seconds, 1),
+    }
 
 
 def table(rows: list[dict], names: Sequence[str], key: str) -> str:
