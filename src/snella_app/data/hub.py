@@ -68,8 +68,7 @@ def load_hf(path: str, config: DataConfig, target: TargetKind) -> Collection:
     folder = expand_user(path)
     with _datasets_library(f"hf:{path}", folder) as library:
         if folder.is_dir():
-            is_saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
-            data = library.load_from_disk(str(folder)) if is_saved else library.load_dataset(str(folder))
+            data = _load_folder(library, folder)
         else:
             name, _, configuration = path.partition(":")
             data = library.load_dataset(name, configuration or None)
@@ -171,6 +170,26 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
     roles = {role: role for role in table if role == "label" or len(parts) > 1}
     samples = Samples(name, where, source, names, table, roles, classes, broken)
     return build_collection(samples, config, target)
+
+
+def _load_folder(library: Any, folder: Path) -> Any:
+    """Load a folder written by `save_to_disk`, or a folder of images or Parquet files.
+
+    `datasets` would use words such as `test` in file names as splits, and ignore the only `metadata.csv` of the folder.
+    With such a file, only folders named after splits are splits.
+    """
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return library.load_from_disk(str(folder))
+    if not (folder / "metadata.csv").is_file() or any(folder.glob("*/metadata.csv")):
+        return library.load_dataset(str(folder))
+    rows = library.load_dataset(str(folder), data_files={"train": "**"})["train"]
+    column = next((name for name, kind in rows.features.items() if isinstance(kind, library.Image)), None)
+    first_folders: dict[str, list[int]] = {}
+    for row, name in enumerate(_file_names([_encoded(rows, column)], column, folder) if column else []):
+        first_folders.setdefault(name.partition("/")[0].lower(), []).append(row)
+    if not first_folders or not first_folders.keys() <= PARTS.keys():
+        return rows
+    return {part: rows.select(indices) for part, indices in first_folders.items()}
 
 
 class _HubImages(CachedImages):
@@ -343,9 +362,8 @@ def _from_hf(
     if len(parts) > 1 and not replaces_splits:
         table["split"] = part_names
         roles["split"] = "split"
-    encoded = [rows.select_columns([roles["path"]]) for rows in parts.values()]
-    encoded = [rows.cast_column(roles["path"], datasets.Image(decode=False)) for rows in encoded]
-    names = table.get(_KEY, [])
+    encoded = [_encoded(rows, roles["path"]) for rows in parts.values()]
+    names = table.get(_KEY) or (_file_names(encoded, roles["path"], roots[0]) if roots else [])
     if not names:
         names = [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
     keys = names if replaces_splits else list(zip(part_names, names, strict=True))
@@ -359,6 +377,24 @@ def _from_hf(
     if target != "numbers" and len(samples.label_columns) == 1:
         samples.classes = _class_names(first_part.features.get(samples.label_columns[0]))
     return build_collection(samples, config, target)
+
+
+def _encoded(rows: Any, column: str) -> Any:
+    """Return only the image column, without decoding its images."""
+    from datasets import Image
+
+    return rows.select_columns([column]).cast_column(column, Image(decode=False))
+
+
+def _file_names(parts: Sequence[Any], column: str, folder: Path) -> list[str]:
+    """Return the paths of encoded images relative to `folder`, or nothing if any image is not a file below it."""
+    if any(len(rows) and rows[0][column]["bytes"] is not None for rows in parts):
+        return []
+    paths = [item["path"] for rows in parts for item in rows[column]]
+    root = Path(os.path.abspath(folder))  # `absolute` would keep `..`
+    if not all(path is not None and Path(path).is_relative_to(root) for path in paths):
+        return []
+    return [Path(path).relative_to(root).as_posix() for path in paths]
 
 
 def _values(rows: Any, image_columns: Sequence[str]) -> dict[str, list[Any]]:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tarfile
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -66,8 +67,36 @@ def test_an_image_folder_with_metadata_has_its_columns(image_folder):
     items = all_items(load_data(f"hf:{image_folder}"))
     assert len(items) == 24
     for name, item in items.items():
-        index = int(name.rpartition("/")[2])
+        index = int(Path(name).stem)
         assert item == (make_image(index).tobytes(), "ab"[index % 2], f"p{index // 3}")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves its file open
+def test_names_of_images_in_a_folder_with_metadata_do_not_determine_the_split(image_folder):
+    names = [f"{('test', 'train', 'photo')[index % 3]}_{index:02}.png" for index in range(24)]
+    table = image_folder / "metadata.csv"
+    text = table.read_text()
+    for index, name in enumerate(names):
+        (image_folder / f"{index:02}.png").rename(image_folder / name)
+        text = text.replace(f"\n{index:02}.png", f"\n{name}")
+    table.write_text(text)
+    assert sorted(all_items(load_data(f"hf:{image_folder}"))) == sorted(names)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves its file open
+def test_folders_of_splits_share_a_table_of_metadata(image_folder, monkeypatch):
+    table = image_folder / "metadata.csv"
+    text = table.read_text()
+    for index in range(24):
+        part = "test" if index % 4 == 0 else "train"
+        (image_folder / part).mkdir(exist_ok=True)
+        (image_folder / f"{index:02}.png").rename(image_folder / part / f"{index:02}.png")
+        text = text.replace(f"\n{index:02}.png", f"\n{part}/{index:02}.png")
+    table.write_text(text)
+    monkeypatch.chdir(image_folder / "test")
+    data = load_data("hf:../../photos")
+    assert sorted(data.test.names) == [f"test/{index:02}.png" for index in range(0, 24, 4)]
+    assert len(data.train) + len(data.val) == 18
 
 
 def test_a_saved_dataset_has_its_class_names_and_splits(tmp_path):
