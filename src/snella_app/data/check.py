@@ -15,8 +15,7 @@ from rich.table import Table
 
 from snella_app.console import counted, make_table, print_line, print_rows
 from snella_app.data.benchmarks import FGVC, VTAB, BenchmarkFamily, Inspection
-from snella_app.data.collection import unordered
-from snella_app.data.copies import find_duplicates
+from snella_app.data.copies import duplicates_text, find_duplicates
 from snella_app.data.datasets import MaskDataset, file_paths, known_metadata
 from snella_app.data.load import DataSplits, load_data
 from snella_app.data.options import DataConfig, TargetKind
@@ -332,29 +331,15 @@ def _ranges(splits: DataSplits) -> dict[str, tuple[float, float, float]]:
 
 
 def _duplicate_warnings(splits: DataSplits) -> list[str]:
-    """Return warnings about duplicate images within a split, with equal or different labels."""
-    messages = []
+    """Return warnings about duplicate images within a split."""
+    messages: list[str] = []
     for part, images in splits.parts.items():
         groups = find_duplicates(images)
-        values = images.annotations.targets or images.labels
-        contradicting: list[list[int]] = []
-        for group in groups:
-            labels = {unordered(values[position]) for position in group}
-            if len(labels) > 1:
-                contradicting.append(group)
-        texts = (
-            ("image appears", "images appear", "more than once", "remove the copies"),
-            ("image has", "images have", "several labels", "keep the correct one"),
-        )
-        for (singular, plural, text, remedy), chosen in zip(texts, (groups, contradicting), strict=True):
-            if not chosen:
-                continue
-            copies: list[str] = []
-            for group in chosen:
-                names = [images.names[position] for position in group[:3]]
-                copies.append(" = ".join(names))
-            count = f"{len(chosen)} {singular if len(chosen) == 1 else plural}"
-            messages.append(f"{part}: {count} {text}: {listed(copies)}; {remedy}")
+        if groups:
+            verb = "image appears" if len(groups) == 1 else "images appear"
+            messages.append(
+                f"{part}: {len(groups)} {verb} more than once: {duplicates_text(images, groups)}; remove the copies"
+            )
     return messages
 
 

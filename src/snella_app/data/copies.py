@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from snella_app.data.collection import unordered
 from snella_app.data.datasets import ImageDataset, file_paths, known_metadata
 from snella_app.files import sha256_of
 from snella_app.text import listed
@@ -30,7 +31,8 @@ _MAX_PAIRS = 2_000_000_000
 def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> list[str]:
     """Return warnings about images in the named splits that copy training images, even if re-encoded or resized.
 
-    The warnings tell identical copies from re-encoded or resized ones only if the copies are image files.
+    The warnings distinguish copies with equal bytes from images that only look alike at 16×16 pixels, such as
+    re-encoded or resized copies, if the copies are image files.
     """
     train = parts["train"]
     digest_of = cache(sha256_of)
@@ -43,14 +45,41 @@ def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> li
             examples: list[str] = []
             for position, train_position in sorted(copies.items()):
                 examples.append(f"{train.names[train_position]!r} is {part.names[position]!r}")
-            reencoded = sum(position in files for position in copies) - len(equal)
-            kind = f" ({reencoded} of them re-encoded or resized)" if reencoded else ""
+            alike = sum(position in files for position in copies) - len(equal)
+            kind = similar_text(alike)
             duplicate = "is also a training image" if len(copies) == 1 else "are also training images"
             messages.append(
                 f"{len(copies)} of {len(part)} {name} images {duplicate}{kind}, e.g. {listed(examples)}; "
                 f"{name} results are optimistic; remove the copies from one split"
             )
     return messages
+
+
+def similar_text(count: int) -> str:
+    """Return a remark that `count` of the copies are not exactly equal, or nothing if `count` is 0."""
+    verb = "matches" if count == 1 else "match"
+    return f" ({count} of them {verb} only as 16×16 thumbnails)" if count else ""
+
+
+def contradiction_warnings(parts: Mapping[str, ImageDataset]) -> list[str]:
+    """Return warnings about duplicate images within a split that have different labels."""
+    messages: list[str] = []
+    for part, images in parts.items():
+        values = images.annotations.targets or images.labels
+        groups = [
+            group for group in find_duplicates(images) if len({unordered(values[position]) for position in group}) > 1
+        ]
+        if groups:
+            verb = "image has" if len(groups) == 1 else "images have"
+            messages.append(
+                f"{part}: {len(groups)} {verb} several labels: {duplicates_text(images, groups)}; keep the correct one"
+            )
+    return messages
+
+
+def duplicates_text(images: ImageDataset, groups: Sequence[Sequence[int]]) -> str:
+    """Return the names of the first duplicate images: `a.png = b.png, c.png = d.png`."""
+    return listed([" = ".join(images.names[position] for position in group[:3]) for group in groups])
 
 
 def equal_files(train: ImageDataset, others: ImageDataset, digest_of: Callable[[Path], str]) -> dict[int, int]:

@@ -175,12 +175,13 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
 def _load_folder(library: Any, folder: Path) -> Any:
     """Load a folder written by `save_to_disk`, or a folder of images or Parquet files.
 
-    `datasets` would use words such as `test` in file names as splits, and ignore the only `metadata.csv` of the folder.
+    `datasets` would use words such as `test` in file names as splits, and ignore the only metadata file of the folder.
     With such a file, only folders named after splits are splits.
     """
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return library.load_from_disk(str(folder))
-    if not (folder / "metadata.csv").is_file() or any(folder.glob("*/metadata.csv")):
+    has_table = any((folder / f"metadata.{suffix}").is_file() for suffix in ("csv", "jsonl", "parquet"))
+    if not has_table or any(folder.glob("*/metadata.*")):
         return library.load_dataset(str(folder))
     rows = library.load_dataset(str(folder), data_files={"train": "**"})["train"]
     column = next((name for name, kind in rows.features.items() if isinstance(kind, library.Image)), None)

@@ -18,7 +18,7 @@ from typing import Any, cast
 from snella_app.console import counted
 from snella_app.data.benchmarks import FGVC, VTAB
 from snella_app.data.columns import number_of
-from snella_app.data.copies import copy_warnings
+from snella_app.data.copies import contradiction_warnings, copy_warnings
 from snella_app.data.datasets import Collection, ImageDataset, Target, joined, known_metadata
 from snella_app.data.folder import load_folder
 from snella_app.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
@@ -213,6 +213,7 @@ def load_data(
         *_dark_image_warnings(splits),
         *_shared_group_warnings(splits),
         *copy_warnings(splits.parts, [name for name in ("val", "test") if name not in compared]),
+        *contradiction_warnings(splits.parts),
         *_imbalance_warnings(splits),
     ]
     splits.notes = [*splits.notes, *_page_notes(splits), *splits.warnings]

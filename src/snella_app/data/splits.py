@@ -38,6 +38,7 @@ def stratified_split(
     counts = np.bincount(labels, minlength=len(classes))
     too_small = [f"{name!r} has {count}" for name, count in zip(classes, counts, strict=True) if 0 < count <= reserve]
     if too_small:
+        can_skip = part == "test" and counts[counts > 0].min() > 1  # the validation split also takes an image per class
         needed = (
             f"every class needs at least {reserve + 1} images to create a '{part}' split; {listed(too_small)}"
             if len(classes) > 1
@@ -45,7 +46,7 @@ def stratified_split(
         )
         raise ValueError(
             f"{needed}. Add images, or provide the splits as folders or a split column"
-            + (", or disable the test split with --test-fraction 0 (test_fraction=0)" if part == "test" else "")
+            + (", or disable the test split with --test-fraction 0 (test_fraction=0)" if can_skip else "")
         )
     total = max(round(fraction * len(labels)), int((counts > 0).sum()))
     available = int((counts - reserve).clip(0).sum())

@@ -392,11 +392,12 @@ def heat_maps_section(folder: Path, info: RunInfo, predictions: Predictions) -> 
                 with open_image(path) as image:
                     picture = EmbeddedImage(*image_data_uri(image, _MAX_SIDE))
                     by = image.info.get("by", "gradcam")
+                    is_blank = "blank" in image.info
             except DECODING_ERRORS as error:
                 reason = first_line(error)
                 raise ValueError(f"{path} is damaged: {reason}; delete it, or run `snella explain` again") from error
             names = {"predicted": info.classes[item.predicted], "label": info.classes[item.label]}
-            entries.append({"item": item, "picture": picture, "by": by, **names})
+            entries.append({"item": item, "picture": picture, "by": by, "is_blank": is_blank, **names})
     return entries
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from snella_app.console import make_console, print_line, track_progress
-from snella_app.data.copies import find_equal_images, find_near_copies
+from snella_app.data.copies import find_equal_images, find_near_copies, similar_text
 from snella_app.data.datasets import ImageDataset, read_at_side
 from snella_app.data.load import DataSplits, has_columns, load_data
 from snella_app.data.options import DataConfig
@@ -177,7 +177,7 @@ def _training_note(
     elif loaded.probe is not None and run_splits.val is not None:  # the final head was also fitted to these images
         training_datasets.append(run_splits.val)
     count = 0
-    reencoded = 0
+    alike = 0
     example = ""
     for dataset in datasets:
         exact: dict[int, str] = {}
@@ -187,13 +187,13 @@ def _training_note(
             near |= {position: train.names[other] for position, other in find_near_copies(train, dataset).items()}
         duplicates = {**near, **exact}
         count += len(duplicates)
-        reencoded += len(duplicates) - len(exact)
+        alike += len(duplicates) - len(exact)
         if duplicates and not example:
             position = min(duplicates)
             example = f"{dataset.names[position]!r} is {duplicates[position]!r}"
     if not count:
         return None
-    kind = f" ({reencoded} of them re-encoded or resized)" if reencoded else ""
+    kind = similar_text(alike)
     verb_phrase = "is a training image" if count == 1 else "are training images"
     return (
         f"{count} of {sum(map(len, datasets))} images {verb_phrase} of the run{kind}, e.g. {example}; results are "

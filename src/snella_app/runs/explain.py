@@ -137,12 +137,14 @@ def explain(
     with create_folder(folder):
         entries: list[dict[str, Any]] = []
         explained = zip(predictions, targets, neighbors_by_image, overlays, strict=True)
-        for prediction, target, nearest, (image, overlay) in explained:
+        for prediction, target, nearest, (image, overlay, is_blank) in explained:
             stem = os.fsdecode(os.fsencode(prediction.path.stem)[:_MAX_STEM_BYTES])
             name = f"{len(entries) + 1:04}-{stem}.png"
-            _write_heat_map(folder / name, overlay, by)
+            _write_heat_map(folder / name, overlay, by, is_blank=is_blank)
             likely_classes = [f"{label} {percent_text(p)}" for label, p in prediction.ranking[:3]]
             subject = f"for {target}" if by == "gradcam" else "of attention, independent of the class"
+            if is_blank:
+                subject += ": blank, because no region raises this output"
             entries.append(
                 {
                     "name": str(prediction.path),
@@ -202,9 +204,9 @@ def explain_validation(run: str | Path, *, by: HeatMap = "gradcam", batch_size: 
     overlays = list(_overlays(model, images, [model.classes[item.predicted] for item in items], by))
     for old_file in folder.glob("*.png"):
         old_file.unlink()
-    for item, (_, overlay) in zip(items, overlays, strict=True):
+    for item, (_, overlay, is_blank) in zip(items, overlays, strict=True):
         overlay.thumbnail((_MAX_SIDE, _MAX_SIDE))
-        _write_heat_map(folder / f"{item.index}.png", overlay, by)
+        _write_heat_map(folder / f"{item.index}.png", overlay, by, is_blank=is_blank)
     return rewrite_report(run)
 
 
@@ -280,8 +282,8 @@ def _neighbors(
 
 def _overlays(
     model: Predictor, images: Sequence[ImageInput], classes: Sequence[str], by: HeatMap
-) -> Iterator[tuple[Image.Image, Image.Image]]:
-    """Yield each preprocessed image, without and with its heat map for a class."""
+) -> Iterator[tuple[Image.Image, Image.Image, bool]]:
+    """Yield each preprocessed image, without and with its heat map for a class, and whether the heat map is zero."""
     network = model.loaded.network
     targets = [model.classes.index(name) for name in classes]
     for start in range(0, len(images), model.batch_size):
@@ -293,13 +295,15 @@ def _overlays(
             maps = attention_rollout(network, tensors)
         for tensor, heat_map in zip(tensors, maps, strict=True):
             image = model.to_pil_image(tensor)
-            yield image, overlay_heat(image, heat_map)
+            yield image, overlay_heat(image, heat_map), not heat_map.any()
 
 
-def _write_heat_map(path: Path, image: Image.Image, by: HeatMap) -> None:
-    """Write an image with a heat map as PNG, and store the heat map method in the metadata."""
+def _write_heat_map(path: Path, image: Image.Image, by: HeatMap, *, is_blank: bool) -> None:
+    """Write a heat map as PNG, with its method, and whether it is zero, in the metadata."""
     metadata = PngInfo()
     metadata.add_text("by", by)
+    if is_blank:
+        metadata.add_text("blank", "yes")
     write_png(path, image, pnginfo=metadata)
 
 

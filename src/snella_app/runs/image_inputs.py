@@ -102,10 +102,11 @@ def expand(
     Raises:
         FileNotFoundError: If a path does not exist, a folder has no images, or a pattern matches none. The message
             suggests similar names.
-        ValueError: If `images` is empty, or a table has no column of paths.
+        ValueError: If `images` is empty, a table has no column of paths, or `columns` is set without a table.
         ImportError: If pyarrow is required but not installed.
     """
     paths: list[Path] = []
+    has_table = False
     check_listed = list if keep_missing else _require_all
     for entry in images:
         prefix, rest = split_spec(str(entry))
@@ -114,6 +115,7 @@ def expand(
         if str(entry) == "-":
             paths += check_listed(Path(line) for line in _input_lines() if line.strip())
         elif table or (image.suffix.lower() in TABLE_SUFFIXES and image.is_file()):
+            has_table = True
             kind = prefix.rstrip(":") if table else None
             paths += check_listed(_paths_in_table(image, kind, columns, run_columns))
         elif image.is_dir():
@@ -133,6 +135,8 @@ def expand(
             paths += matching
     if not paths:
         raise ValueError("images must name at least one file or folder, got none")
+    if columns is not None and not has_table:
+        raise ValueError(f"columns needs a table of images, e.g. photos.csv, got columns={columns!r} without one")
     return paths
 
 

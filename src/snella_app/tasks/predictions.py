@@ -111,8 +111,7 @@ def check_mask_output(out: str | Path | None, top_k: int | None, *, overwrite: b
 _SHOWN_CLASSES = 3
 """Number of classes in the text of a prediction without `top_k`."""
 TABLE_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
-"""Suffixes of prediction files, each of which selects a format; see also `_CSV_SUFFIXES`."""
-_CSV_SUFFIXES = ("", ".csv", ".txt")
+"""Suffixes of prediction files, each of which selects a format."""
 Row = dict[str, Any]
 """Values by column: strings, numbers, booleans, or lists of strings."""
 
@@ -279,7 +278,7 @@ def check_output(out: str | Path | None, top_k: int | None, *, overwrite: bool) 
     if Path(out).is_dir():
         raise ValueError(f"out must be a file, got the folder {str(out)!r}; use {str(Path(out, 'p.csv'))!r}")
     suffix = Path(out).suffix.lower()
-    if suffix not in (*_CSV_SUFFIXES, *TABLE_SUFFIXES):
+    if suffix not in TABLE_SUFFIXES:
         raise ValueError(
             f"out must end with {', '.join(TABLE_SUFFIXES)}, got {str(out)!r}; write "
             f"{str(Path(out).with_suffix('.csv'))!r}, or omit it to print the predictions"

@@ -111,6 +111,10 @@ def resolve(
         parts.splits.train = parts.splits.train.with_transform(transform)
     plan = dataclasses.replace(plan, data=plan_data)
     can_skip = can_skip_training(plan.optim, protocol)
+    if plan.optim.class_weights == "balanced" and plan.data.sampler == "weighted":
+        parts.splits.notes.append(
+            "class_weights balanced and sampler weighted weight rare classes twice; leave one of the two out"
+        )
     if plan.optim.epochs == 0 and not can_skip:
         raise ValueError(
             f"epochs must be at least 1, got 0 with head_init={plan.optim.head_init!r} and protocol={protocol!r}; "

@@ -81,6 +81,10 @@ def test_names_of_images_in_a_folder_with_metadata_do_not_determine_the_split(im
         text = text.replace(f"\n{index:02}.png", f"\n{name}")
     table.write_text(text)
     assert sorted(all_items(load_data(f"hf:{image_folder}"))) == sorted(names)
+    rows = list(csv.DictReader(text.splitlines()))
+    (image_folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table.unlink()
+    assert sorted(all_items(load_data(f"hf:{image_folder}"))) == sorted(names)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves its file open

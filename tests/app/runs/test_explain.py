@@ -70,6 +70,16 @@ def test_the_report_shows_wrong_and_correct_images_with_their_heat_maps(finished
     assert wrong + right == len(maps)
 
 
+def test_blank_heat_maps_are_explained(finished, photos, tmp_path, monkeypatch):
+    blank = "blank, because no region raises this output"
+    images = [photos / "cats" / "000.png"]
+    assert blank not in explain(finished.path, images, tmp_path / "shown", neighbors=0).page.read_text()
+    monkeypatch.setattr("snella_app.runs.explain.heat_maps", lambda _, images, outputs: np.zeros((len(images), 8, 8)))
+    assert blank in explain(finished.path, images, tmp_path / "blank", neighbors=0).page.read_text()
+    page = explain_validation(shutil.copytree(finished.path, tmp_path / "run")).read_text()
+    assert page.count("blank: no region raises this output") == page.count('alt="Heat map of')
+
+
 def test_rollout_is_selectable_and_labeled(finished, photos, tmp_path):
     image = photos / "cats" / "000.png"
     explained = explain(finished.path, [image], tmp_path / "out", by="rollout", neighbors=0)

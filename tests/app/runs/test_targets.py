@@ -228,6 +228,8 @@ def test_a_balanced_run_resumes_bit_for_bit(make_photos, tmp_path, monkeypatch):
     again = train(TrainConfig.from_flat(out=str(tmp_path / "cut"), resume=True), QUIET, render_report=False)
     for name in ("history", "val", "test", "best_epoch"):
         assert again.read_json("metrics.json")[name] == uninterrupted.read_json("metrics.json")[name]
+    notes = uninterrupted.read_json("run.json")["data"]["notes"]
+    assert "class_weights balanced and sampler weighted weight rare classes twice; leave one of the two out" in notes
 
 
 @pytest.mark.parametrize(("loss", "class_weights"), [("focal", "balanced"), ("logit-adjusted", None)])
@@ -249,6 +251,11 @@ def test_a_class_weights_file_is_stored_in_the_settings(make_photos, tmp_path):
     settings = {"sampler": "shuffle", "epochs": 1, "class_weights": str(weights)}
     run = train(balanced_settings(photos, tmp_path / "run", **settings), QUIET, render_report=False)
     assert run.read_config().optim.class_weights == {"cats": 1.0, "dogs": 3.0}
+    same = balanced_settings(photos, run.path, **settings, resume=True)
+    assert run.resolve_settings(same).optim.class_weights == {"cats": 1.0, "dogs": 3.0}
+    weights.write_text(json.dumps({"cats": 1, "dogs": 4}))
+    with pytest.raises(ValueError, match=r"class_weights is \{.*'dogs': 3\.0\} there and \{.*'dogs': 4\.0\} here"):
+        run.resolve_settings(same)
     with pytest.raises(ValueError, match=r"no class 'mice'; no weight for 'dogs'"):
         train(balanced_settings(photos, tmp_path / "other", class_weights={"cats": 1, "mice": 3}), QUIET)
 

@@ -154,8 +154,9 @@ def test_the_suffix_selects_the_prediction_format(finished, photos, tmp_path, mo
     assert json.loads(line) == {name: row[name] for name in ("image", "label", "probability", "unsure")}
     table = pytest.importorskip("pyarrow.parquet").read_table(write_predictions(predictions, tmp_path / "p.parquet", 3))
     assert table.to_pylist() == [row]
-    with pytest.raises(ValueError, match=r"out must end with \.csv, \.json, .*, got '.*p\.xlsx'; write '.*p\.csv'"):
-        write_predictions([], tmp_path / "p.xlsx")
+    for name in ("p", "p.txt", "p.xlsx"):
+        with pytest.raises(ValueError, match=rf"out must end with \.csv, \.json, .*, got '.*{name}'; write '.*p\.csv'"):
+            write_predictions([], tmp_path / name)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"q\.parquet needs pyarrow: pip install 'snella\[data\]'"):
         write_predictions([], tmp_path / "q.parquet")
