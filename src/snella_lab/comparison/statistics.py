@@ -37,11 +37,12 @@ class Difference:
 
     Args:
         mean: Mean over units.
-        low: Lower end of the 95% interval, not corrected for multiple comparisons. NaN for a single unit.
+        low: Lower end of the 95% interval, not corrected for multiple comparisons. NaN for a single unit,
+            and for fewer than `MIN_UNITS` units with equal differences.
         high: Upper end of the interval.
         pairs: Number of pairs of runs with the same task and seed.
         tasks: Number of tasks.
-        p: Two-sided p-value of the t test. NaN for a single unit.
+        p: Two-sided p-value of the t test. NaN if `low` is.
         above: Number of units whose difference is positive.
         below: Number of units whose difference is negative.
         adjusted_p: `p` after Holm's correction. NaN until `with_holm` sets it.
@@ -170,9 +171,10 @@ def difference_of(pairs: Sequence[Sequence[float]]) -> Difference:
     mean = statistics.fmean(values)
     above = sum(value > _TOLERANCE for value in values)
     below = sum(value < -_TOLERANCE for value in values)
-    if len(values) == 1:
+    is_constant = len(values) == 1 or statistics.stdev(values) / math.sqrt(len(values)) <= _TOLERANCE
+    if is_constant and len(values) < MIN_UNITS:  # a few equal differences do not show how much others would vary
         return Difference(mean, math.nan, math.nan, num_pairs, num_tasks, math.nan, above, below)
-    if statistics.stdev(values) / math.sqrt(len(values)) <= _TOLERANCE:  # equal differences: t is infinite or undefined
+    if is_constant:  # t is infinite or undefined
         p = 1.0 if abs(mean) <= _TOLERANCE else 0.0
         return Difference(mean, mean, mean, num_pairs, num_tasks, p, above, below)
     from scipy.stats import ttest_1samp  # slow import

@@ -107,6 +107,8 @@ def test_equal_differences_have_an_interval_of_zero_width():
     with_effect, without = difference_of([[0.1] * 6]), difference_of([[0.0] * 6])
     assert (with_effect.low, with_effect.high, with_effect.p) == (with_effect.mean, with_effect.mean, 0.0)
     assert (without.low, without.high, without.p, without.sign_p) == (0.0, 0.0, 1.0, 1.0)
+    few = difference_of([[0.0], [0.0]])
+    assert few.mean == 0.0 and all(map(math.isnan, (few.low, few.high, few.p)))
 
 
 def test_holm_correction_matches_values_computed_by_hand():
