@@ -64,8 +64,8 @@ def test_two_seeds_decide_no_difference(tiny, make_row):
 
 def test_correction_counts_only_methods_with_several_units(tiny, make_row):
     experiment = tiny(methods=["lora-2", "linear", "bias"], seeds=2)
-    finished = [("lora-2", 0), ("lora-2", 1), ("linear", 0), ("linear", 1), ("bias", 0)]
-    rows = [make_row(experiment, "digits", name, seed) for name, seed in finished]
+    finished = [("lora-2", 0, 0.8), ("lora-2", 1, 0.8), ("linear", 0, 0.7), ("linear", 1, 0.6), ("bias", 0, 0.7)]
+    rows = [make_row(experiment, "digits", name, seed, test_accuracy=value) for name, seed, value in finished]
     assert "p after Holm's correction over 1 comparison;" in interval_text(summarize(experiment, rows))
 
 
