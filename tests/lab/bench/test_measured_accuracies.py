@@ -1,0 +1,237 @@
+"""Accuracies in the notes and guides match the committed rows; `test_tables.py` compares the generated tables."""
+
+import math
+from statistics import fmean, stdev
+
+import pytest
+
+from snella_app.text import points_text, signed_text
+from snella_lab.comparison.statistics import FinalRuns, difference_of
+from snella_lab.comparison.summary import difference_text
+
+from .pages import COMPARISONS, LIBRARY, PAPER, ROOT, STEPS, TRAINING, assert_states, rows, span, table
+
+METRIC = "test_accuracy"
+SUITE = ["mnist", "elpv", "fashion-mnist", "mri-regions", "stamps", "digits"]
+PAIR = ["snella-8", "lora-8"]
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def trained(method, factor=1.0, state="raw", val_size=400, options=None, **settings):
+    """Return the accuracies in percent of the newest runs that adapt all blocks, by task and seed."""
+    setting = {"method": method, "lr_factor": factor, "val_size": val_size, "options": options or {}, "blocks": 12}
+    setting |= {"settings": settings}
+    found = {}
+    for row in rows("learning_rates"):
+        if "kept" in row and not row.get("factor_scale") and setting.items() <= row.items():
+            found[row["task"], row["seed"]] = 100 * row["kept"][state]["accuracy"]
+    return found
+
+
+def changes(after, before):
+    """Return the changes on the tasks and seeds of both, in points."""
+    return {key: after[key] - before[key] for key in sorted(after.keys() & before.keys())}
+
+
+def change_text(after, before):
+    """Format the mean change and its standard error: −0.2 ± 1.1."""
+    values = list(changes(after, before).values())
+    return f"{signed_text(fmean(values), 1)} ± {stdev(values) / math.sqrt(len(values)):.1f}"
+
+
+def over_tasks(after, before):
+    """Format the mean change over tasks with its interval; the seeds of a task are averaged."""
+    gaps = changes(after, before)
+    tasks = dict.fromkeys(task for task, _ in gaps)
+    pairs = [[gap / 100 for (name, _), gap in gaps.items() if name == task] for task in tasks]
+    return difference_text(difference_of(pairs), len(tasks))
+
+
+def mean_of(runs, method, tasks):
+    return 100 * runs.mean(method, [[task] for task in tasks], METRIC).mean
+
+
+def test_accuracies_with_approximate_gradients_match_the_measured_rows():
+    lines = [("0, 1", 400, {"weight_gradient": "sample:1/2"}), ("0 to 2", 600, {"weight_gradient": "bfloat16"})]
+    lines.append(("0 to 2", 600, {"compress_activations": True}))
+    means = []
+    for cells, (seeds, val_size, options) in zip(table(STEPS, "| option | seeds"), lines, strict=True):
+        pairs = []
+        for state in ("raw", "last_raw", "ema", "last_ema"):
+            same = {"state": state, "val_size": val_size}
+            pairs.append((trained("snella-8", options=options, **same), trained("snella-8", **same)))
+        assert cells == [seeds, *(change_text(*pair) for pair in pairs)]
+        assert {seed for _, seed in changes(*pairs[0])} == set(range(int(seeds[-1]) + 1))
+        means += [fmean(changes(*pair).values()) for pair in pairs]
+    exception, *others = sorted(means)
+    texts = f"{max(map(abs, others)):.1f}", f"{-exception:.1f}"
+    assert_states(STEPS, "changes by at most {} points, with one exception. With `sample:1/2` and averaged", texts[0])
+    assert_states(STEPS, "weights, it is {} points lower at the selected epoch", texts[1])
+    assert_states(LIBRARY, "mean accuracy changes by at most {} points", texts[0])
+    assert_states(LIBRARY, "with averaged weights (`--ema 0.97`) loses {} points", texts[1])
+
+
+def test_sensitivity_to_the_learning_rate_matches_the_suite():
+    from suite_table import UNTUNED, defaults_rows, read_suite
+    from twin_tables import read_cells
+
+    _, suite = read_suite()
+    tuned, default = FinalRuns(suite), FinalRuns(defaults_rows(suite, read_cells(UNTUNED)))
+    losses, methods = {}, ["snella-8", "snella-matched-8", "lora-8", "dora-8", "full"]
+    for cells, method in zip(table(COMPARISONS, "| | validation at"), methods, strict=True):
+        trials = [row for row in suite if (row.purpose, row.experiment_name) == ("trial", method)]
+        trials = [row for row in trials if row.tried_weight_decay is None]
+        scores = [[100 * row.column("val_accuracy") for row in trials if row.lr_factor == k] for k in (0.3, 1.0, 3.0)]
+        assert [len(same) for same in scores] == [6, 6, 6]
+        low, middle, high = map(fmean, scores)
+        losses[method] = middle - high
+        worst = f"{max(low, middle, high) - min(low, middle, high):.1f}"
+        at_default = f"{mean_of(default, method, SUITE):.1f}" if default.rows(method, "mnist") else ""
+        validation = f"{low:.1f} · {middle:.1f} · {high:.1f}"
+        assert cells == [validation, worst, f"{mean_of(tuned, method, SUITE):.1f}", at_default]
+    others = WORDS[math.ceil(max(losses["snella-matched-8"], losses["lora-8"]))]
+    sentence = "SNELLA loses {:.1f} points of validation accuracy, while `snella-matched` and LoRA lose at most {}."
+    assert_states(COMPARISONS, sentence, losses["snella-8"], others)
+    assert_states(TRAINING, "validation accuracy of `snella` by {:.1f} points on average", losses["snella-8"])
+    gap = mean_of(default, "lora-8", SUITE) - mean_of(tuned, "lora-8", SUITE)
+    assert_states(COMPARISONS, "Tuning lowers LoRA's test accuracy by {:.1f} points", gap)
+
+
+def test_table_of_learning_rates_matches_the_measured_rows():
+    found, tasks = {}, ("mri-regions", "stamps")
+    for row in rows("learning_rates"):
+        if (row["blocks"], row["settings"]) == (2, {}):
+            found[row["task"], row["method"], row["lr_factor"]] = row
+    lines = [(task, name) for task in tasks for name in ("snella-matched-8", *PAIR)]
+    for cells, line in zip(table(COMPARISONS, "| learning rate ×"), lines, strict=True):
+        assert cells == [_accuracy_and_size(found.get((*line, factor))) for factor in (1.0, 3.0, 10.0)]
+    snella, matched = (
+        [found[task, name, 10.0]["update_rms"] / found[task, name, 1.0]["update_rms"] for task in tasks]
+        for name in ("snella-8", "snella-matched-8")
+    )
+    sentence = "this size is {} times as large; with matched steps, it is {} times as large"
+    assert_states(COMPARISONS, sentence, span(snella), span(matched, 1))
+    defaults = [found[task, "snella-8", 1.0] for task in tasks]
+    errors = [100 * math.sqrt(r["val_accuracy"] * (1 - r["val_accuracy"]) / r["val_images"]) for r in defaults]
+    assert_states(COMPARISONS, "about {:.0f} points for the MRI regions and {:.1f} for the stamps", *errors)
+
+
+def _accuracy_and_size(row):
+    """Format the accuracy and, for SNELLA, the relative size of the update: 55.2 · 2.8."""
+    if row is None:
+        return "–"
+    accuracy, size = f"{100 * row['val_accuracy']:.1f}", row["update_rms"]
+    return accuracy if size is None else f"{accuracy} · {size:.{2 if size < 1 else 1}f}"
+
+
+def test_evidence_of_decisions_matches_the_measured_rows():
+    averaging = [change_text(trained(name, state="ema"), trained(name)) for name in PAIR]
+    sentence = "averaging changes SNELLA by {} points ({} runs) and LoRA by {} |"
+    assert_states(COMPARISONS, sentence, averaging[0], len(trained("snella-8")), averaging[1])
+    longer = [change_text(trained(name, epochs=20), trained(name)) for name in PAIR]
+    assert_states(COMPARISONS, "20 epochs change SNELLA by {} points, LoRA by {} |", *longer)
+    gains = []
+    for state in ("raw", "ema"):
+        denser = trained("snella-matched-8", state=state, options={"min_layer_share": 0.3}, target_sparsity=0.3)
+        gains.append(signed_text(fmean(changes(denser, trained("snella-matched-8", state=state)).values()), 1))
+    sentence = "changes `snella-matched` by {} points (mean of four datasets), and by {} with averaged weights"
+    assert_states(COMPARISONS, sentence, *gains)
+    accuracies = {"random": {}, "probe": {}}
+    for row in rows("learning_rates"):
+        if row["blocks"] == 2 and row["lr_factor"] == 1 and "head_lr" not in row["settings"]:
+            key = row["method"], row["task"], row["steps"]
+            accuracies[row["settings"].get("head_start", "random")][key] = 100 * row["val_accuracy"]
+    from_probe = changes(accuracies["probe"], accuracies["random"])
+    short = [gain for (*_, steps), gain in from_probe.items() if steps == 50]
+    long = [gain for (*_, steps), gain in from_probe.items() if steps > 50]
+    assert_states(COMPARISONS, "adds {} points in runs of 50 steps, nothing on average in runs of 136", span(short))
+    assert abs(fmean(long)) < 0.5
+
+
+def test_tables_of_defaults_on_small_datasets_match_the_measured_rows():
+    columns = []
+    for name, state in (("snella-8", "raw"), ("snella-8", "ema"), ("snella-matched-8", "raw")):
+        own, lora, probe = trained(name, state=state), trained("lora-8", state=state), trained("lora-8", state="start")
+        best = {key: max(lora[key], probe[key]) for key in lora}
+        columns.append([over_tasks(own, lora), over_tasks(own, best)])
+    assert table(COMPARISONS, "| mean over datasets") == [list(line) for line in zip(*columns, strict=True)]
+    matched = trained("snella-matched-8")
+    seven, four = (WORDS[len(trained("snella-8", factor))] for factor in (2.0, 3.0))
+    twice = [change_text(trained("snella-8", 2.0, s), trained("snella-8", state=s)) for s in ("raw", "ema")]
+    three = [change_text(trained(name, 3.0), trained(name)) for name in ("snella-8", "snella-matched-8", "lora-8")]
+    centered = changes(trained("snella-matched-8", options={"center_softmax": True}), matched)
+    dense = trained("snella-matched-8", options={"sparsify_mode": "none"}, target_sparsity=0.0, scaling=1.0)
+    fashion, stamps = (signed_text(gap, 1) for gap in centered.values())
+    clipart, regions, dense_stamps = (signed_text(gap, 0) for gap in changes(dense, matched).values())
+    assert table(COMPARISONS, "| change | result |") == [
+        ["SNELLA {}, with averaged weights {} ({} runs)".format(*twice, seven)],
+        ["SNELLA {}, `snella-matched` {}, LoRA {} ({} runs each)".format(*three, four)],
+        [f"stamps {stamps}, Fashion-MNIST {fashion}"],
+        [f"stamps {dense_stamps}, MRI regions {regions}, `clipart` {clipart}"],
+    ]
+
+
+def test_text_on_small_datasets_matches_the_measured_rows():
+    from suite_table import UNTUNED
+    from twin_tables import read_cells
+
+    snella, matched, lora = (
+        [f"{fmean(trained(name, factor, epochs=3).values()):.1f}" for factor in (1.0, 3.0)]
+        for name in ("snella-8", "snella-matched-8", "lora-8")
+    )
+    assert_states(COMPARISONS, "lowers SNELLA's mean accuracy from {} to {} and raises", *snella)
+    assert_states(COMPARISONS, "raises that of `snella-matched` from {} to {}.", *matched)
+    assert_states(COMPARISONS, "LoRA's mean accuracy is nearly unchanged ({} to {}).", *lora)
+    runs, tasks = FinalRuns(read_cells(UNTUNED.with_name("efficientnet.jsonl"))), ("clipart", "emoji", "textures")
+    names = ("linear", "lora-8", "snella-matched-8", "snella-8")
+    means = [f"{mean_of(runs, name, [f'folder:{task}' for task in tasks]):.1f}" for name in names]
+    assert means[1] == means[2]
+    sentence = "the highest mean accuracy, {}. LoRA and `snella-matched` reach {}, and SNELLA reaches {}"
+    assert_states(COMPARISONS, sentence, means[0], *means[2:])
+
+
+def test_text_on_the_suite_matches_the_measured_rows():
+    from suite_table import read_suite
+
+    runs = FinalRuns(read_suite()[1])
+    methods = ("snella-8", "lora-8", "vpt-deep", "full")
+    snella, lora, prompts, full = (runs.average(name, "training_mib") for name in methods)
+    assert_states(COMPARISONS, "of the {:.0f} MiB by which SNELLA's memory exceeds LoRA's", snella - lora)
+    assert_states(PAPER, "suite: VPT-deep {:.0f}, `full` {:.0f};", prompts, full)
+    stamps = runs.difference("dora-8", "snella-8", ["stamps"], METRIC)
+    assert_states(PAPER, "on stamps, DoRA is {:.1f} higher", 100 * stamps.mean)
+    matched, snella = [], []
+    for name, sparsities in (("snella-matched-8", matched), ("snella-8", snella)):
+        for row in (row for task in SUITE for row in runs.rows(name, task)):
+            sparsities.append(100 * (1 - row.column("kept_weights") / row.column("adapted_weights")))
+    assert_states(COMPARISONS, "All {} `snella-matched` adapters have {}% sparsity.", len(matched), span(matched))
+    denser = WORDS[sum(sparsity <= 69 for sparsity in snella)].capitalize()
+    sentence = "{} of the {} SNELLA adapters are at least one point less sparse (as low as {:.0f}%)"
+    assert_states(COMPARISONS, sentence, denser, len(snella), min(snella))
+
+
+def test_text_on_the_twin_of_table_ix_matches_the_measured_rows():
+    from twin_tables import COMMITTED, read_cells
+
+    runs = FinalRuns(read_cells(COMMITTED))
+    names = ("within-layers-scaling-1", "klora-8-scaling-1")
+    (lowest, task), *_, (highest, other) = sorted((runs.difference(*names, [t], METRIC).mean, t) for t in SUITE)
+    mean = 100 * runs.difference(*names, SUITE, METRIC).mean
+    assert_states(COMPARISONS, "competition within layers is {:.1f} points above KLoRA", mean)
+    sentence = "ranges from {} points on `{}` to {:.1f} points on `{}`."
+    assert_states(COMPARISONS, sentence, points_text(lowest), task, 100 * highest, other)
+    mnist, digits = ([*runs.scores(names[1], t, METRIC).values()] for t in ("mnist", "digits"))
+    failed = [WORDS[sum(score < 0.3 for score in scores)] for scores in (mnist, digits)]
+    sentence = "below 30% on `mnist` with {} of the {} seeds, and on `digits` with {}."
+    assert_states(COMPARISONS, sentence, failed[0], WORDS[len(mnist)], failed[1])
+    low = WORDS[sum(runs.spread("klora-8", task, METRIC).mean < 0.35 for task in SUITE)]
+    assert_states(COMPARISONS, "With a scaling of 10, it is below 35% on {} datasets", low)
+    assert_states(PAPER, "with a scaling of 10, KLoRA is below 35% on {} of six datasets", low)
+    gains = [runs.difference(f"snella-8{s}", f"within-layers{s}", SUITE, METRIC) for s in ("", "-scaling-1")]
+    sentence = "the intervals exclude an improvement of more than {:.1f} points"
+    assert_states(COMPARISONS, sentence, 100 * max(gain.high for gain in gains))
