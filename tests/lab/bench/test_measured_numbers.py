@@ -234,3 +234,11 @@ def test_claims_about_time_and_gradients_match_the_measured_rows():
     assert_states(PAPER, sentence, rbf[5], sigmoid[5])
     (distance,) = {f"{row['squared_distance'][0]:.3f}" for row in rows("kernel_gradients")}
     assert_states(PAPER, "mean squared distance of {}.", distance)
+
+
+def test_fits_of_random_matrices_match_the_measured_rows():
+    for cells, row in zip(table(PAPER, "| kernel | rank 4"), rows("fit_matrix"), strict=True):
+        smallest = row["smallest_eigenvalue"]
+        digits = ".0e" if abs(smallest) < 1e-6 else ".2f" if abs(smallest) < 1 else ".1f"
+        errors = [f"{error:.4f}" for error in row["mse_by_rank"].values()]
+        assert cells == [*errors, f"{smallest:{digits}}".replace("-", "−", 1)], row["kernel"]
