@@ -58,6 +58,8 @@ _INHERITED = (
 training images."""
 _CHANGEABLE = (*SESSION_FIELDS, "data")
 """Settings that may change when a run is resumed. `data` may change, because a digest detects changed images."""
+_NEW_CONFIG = ".new-config.yaml"
+"""Settings of a run that is about to replace an old run."""
 
 
 def _settings_digest(values: Mapping[str, Any]) -> str:
@@ -217,9 +219,16 @@ class BaseRunFolder(Generic[S]):
         self._write_settings(config)
         self._update_digest("config.yaml")
 
-    def _write_settings(self, config: S) -> None:
-        """Write `config.yaml` without updating its digest."""
-        write_text(self.path / "config.yaml", yaml.safe_dump(config.stored(), sort_keys=False))
+    def _write_settings(self, config: S, name: str = "config.yaml") -> None:
+        """Write the settings without updating their digest."""
+        write_text(self.path / name, yaml.safe_dump(config.stored(), sort_keys=False))
+
+    def _complete_replacement(self) -> None:
+        """Remove the old run if the settings of a new one are stored, and make them the settings of the folder."""
+        new_config = self.path / _NEW_CONFIG
+        if new_config.is_file():
+            self._clear()
+            new_config.replace(self.path / "config.yaml")
 
     def read_config(self) -> S:
         """Read the configuration of the run.
@@ -309,6 +318,8 @@ class BaseRunFolder(Generic[S]):
     def resolve_resume(self, config: S) -> tuple[S, RunInfo | None]:
         """Resolve settings like `resolve_settings`, and return the record of a resumed run.
 
+        If a process was killed while it replaced an old run, `resume` first completes the replacement.
+
         Returns:
             Resolved settings, and the content of `run.json`. The content is None for a new run, or if the file was
             never written.
@@ -317,6 +328,8 @@ class BaseRunFolder(Generic[S]):
             FileNotFoundError: As for `resolve_settings`, or if the adapter or results of a finished run are missing.
             ValueError: As for `resolve_settings`, or if `run.json` is damaged, or the adapter or results were altered.
         """
+        if config.run.resume:
+            self._complete_replacement()
         resolved = self.resolve_settings(config)
         info = read_if_present(RunInfo, self.path) if resolved.run.resume else None
         if info is not None and info.is_finished:
@@ -329,19 +342,18 @@ class BaseRunFolder(Generic[S]):
         return resolved, info
 
     def prepare(self, config: S, *, is_resumed: bool) -> None:
-        """Prepare a folder for a resumed run, or for a new run by writing `config.yaml` and removing the old run.
+        """Prepare a folder for a resumed run, or for a new run by removing the old run and writing `config.yaml`.
 
-        If a process is killed after it has written `config.yaml` for a new run, there are two possible states. Either
-        the old run remains, and is rejected if its settings differ from `config.yaml`, or the folder has neither
-        `run.json` nor checkpoints, and `resume` starts the run from `config.yaml`.
+        If a process is killed while it prepares a new run, `resume` continues the old run, unless the settings of the
+        new run have been stored; from then on, it starts the new run.
         """
         self.remove_temporary_files()
         if is_resumed:
             self.write_config(config)
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write_settings(config)
-            self._clear(keep="config.yaml")
+            self._write_settings(config, _NEW_CONFIG)
+            self._complete_replacement()
         self.checkpoints.mkdir(exist_ok=True)
 
     def _check_resumable(self, config: S, status: Status | None) -> None:
@@ -414,13 +426,13 @@ class BaseRunFolder(Generic[S]):
         unexpected = (entry for entry in self.path.iterdir() if entry.name not in (*self.files, *self.folders))
         return any(not entry.name.startswith(".") and not (entry / "run.json").is_file() for entry in unexpected)
 
-    def _clear(self, keep: str | None = None) -> None:
+    def _clear(self) -> None:
         """Remove only the run's own files: checkpoints first, then `run.json`, which marks a run, then the rest."""
         for name in ("checkpoints", "run.json", *self.files, *self.folders):
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif name != keep:
+            else:
                 path.unlink(missing_ok=True)
 
 
