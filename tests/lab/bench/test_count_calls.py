@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
+import torch
 
 from snella import SnellaConfig
 from snella_app.config.train import TrainConfig
@@ -30,6 +31,31 @@ def test_adapted_linear_layer_takes_at_most_80_python_calls_in_10_files(counting
     calls = counting.count_calls(lambda: layer(x)).by_file
     assert sum(calls.values()) <= 80, calls
     assert len(calls) <= 10, calls
+
+
+def test_calls_of_a_training_step_occur_in_the_documented_order(counting):
+    config = SnellaConfig(r=8, target_modules=["0"], target_sparsity=0.5, init_sparsity=0.5, impl="eager")
+    layer, x = counting.adapted_linear_layer(config)
+    calls = []
+
+    def record(frame):
+        callers, outer = [], frame
+        while outer := outer.f_back:
+            callers.append(outer.f_code.co_qualname)
+        calls.append((frame.f_code.co_qualname.replace("TorchBackend", "Backend"), callers))
+
+    with torch.autograd.set_multithreading_enabled(False):
+        counting.profile_calls(lambda: layer(x.requires_grad_()).sum().backward(), record)
+    text = (ROOT / "src" / "snella" / "DERIVATION.md").read_text()
+    lines = text.partition("\n    SnellaLayer.forward")[2].partition("\n\n")[0].splitlines()
+    callers = [(4, "SnellaLayer.forward")]
+    position = 0
+    for line in lines[1:]:
+        depth, name = len(line) - len(line.lstrip()), line.split()[0]
+        callers = [(d, caller) for d, caller in callers if d < depth]
+        position += next(k for k, call in enumerate(calls[position:], 1) if call[0] == name)
+        assert {caller for _, caller in callers} <= set(calls[position - 1][1]), name
+        callers.append((depth, name))
 
 
 def test_training_configuration_is_passed_to_at_most_10_files(counting, tmp_path):
