@@ -74,7 +74,7 @@ def load_hf(path: str, config: DataConfig, target: TargetKind) -> Collection:
             data = library.load_dataset(name, configuration or None)
     caches = (library.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # downloads and extracted archives
     roots = [*([folder] if folder.is_dir() else []), *map(Path, caches)]
-    return _from_hf(data, f"hf:{path}", folder.name, config, target, roots)
+    return _from_hf(data, f"hf:{path}", folder.name, config, target, roots, folder if folder.is_dir() else None)
 
 
 def load_wds(path: str, config: DataConfig, target: TargetKind) -> Collection:
@@ -310,9 +310,15 @@ def _labels_of(part: Any) -> tuple[list[Any], dict[int, str]]:
 
 
 def _from_hf(
-    data: Any, where: str, name: str, config: DataConfig, target: TargetKind, roots: Sequence[Path] | None = None
+    data: Any,
+    where: str,
+    name: str,
+    config: DataConfig,
+    target: TargetKind,
+    roots: Sequence[Path] | None = None,
+    folder: Path | None = None,
 ) -> Collection:
-    """Convert Hugging Face datasets to a `Collection`.
+    """Convert Hugging Face datasets to a `Collection`. Image files below `folder` are named by their path in it.
 
     Rows may reference only files below `roots`. A `root` in `config.columns` replaces them. None allows all files.
     """
@@ -364,7 +370,7 @@ def _from_hf(
         table["split"] = part_names
         roles["split"] = "split"
     encoded = [_encoded(rows, roles["path"]) for rows in parts.values()]
-    names = table.get(_KEY) or (_file_names(encoded, roles["path"], roots[0]) if roots else [])
+    names = table.get(_KEY) or ([] if folder is None else _file_names(encoded, roles["path"], folder))
     if not names:
         names = [f"{part}/{row:06}" for part, rows in parts.items() for row in range(len(rows))]
     keys = names if replaces_splits else list(zip(part_names, names, strict=True))
