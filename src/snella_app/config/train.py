@@ -197,10 +197,10 @@ class TrainConfig(RunSettings):
         return ("epochs",) if self.optim.epochs == 0 and find_method(self.method.name).is_head_only else ()
 
     def differences(self, other: RunSettings, names: Iterable[str] | None = None) -> list[str]:
-        """Describe differences as `RunSettings` does; class weights are compared with the content of their file."""
+        """Describe differences like `RunSettings.differences`, with class weights read from their file."""
         weights = self.optim.read_class_weights()
-        same_or_read = self if weights == self.optim.class_weights else self.replace(class_weights=weights)
-        return super(TrainConfig, same_or_read).differences(other, names)
+        config = self if weights == self.optim.class_weights else self.replace(class_weights=weights)
+        return super(TrainConfig, config).differences(other, names)
 
     def resolved(self) -> Self:
         """Return a copy with the method's defaults in place of None, and class weights read from their file.

@@ -31,8 +31,8 @@ _MAX_PAIRS = 2_000_000_000
 def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> list[str]:
     """Return warnings about images in the named splits that copy training images, even if re-encoded or resized.
 
-    The warnings distinguish copies with equal bytes from images that only look alike at 16×16 pixels, such as
-    re-encoded or resized copies, if the copies are image files.
+    If the copies are image files, the warnings distinguish copies with equal bytes from images that match by their
+    thumbnails, such as re-encoded or resized copies.
     """
     train = parts["train"]
     digest_of = cache(sha256_of)
@@ -56,9 +56,8 @@ def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> li
 
 
 def similar_text(count: int) -> str:
-    """Return a remark that `count` of the copies are not exactly equal, or nothing if `count` is 0."""
-    verb = "matches" if count == 1 else "match"
-    return f" ({count} of them {verb} only as 16×16 thumbnails)" if count else ""
+    """Return a remark that `count` of the copies were found by their thumbnails, or an empty string for 0."""
+    return f" ({count} of them matched by 16×16 thumbnails)" if count else ""
 
 
 def contradiction_warnings(parts: Mapping[str, ImageDataset]) -> list[str]:

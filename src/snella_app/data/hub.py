@@ -175,21 +175,32 @@ def from_python(data: Any, config: DataConfig, target: TargetKind) -> Collection
 def _load_folder(library: Any, folder: Path) -> Any:
     """Load a folder written by `save_to_disk`, or a folder of images or Parquet files.
 
-    `datasets` would use words such as `test` in file names as splits, and ignore the only metadata file of the folder.
-    With such a file, only folders named after splits are splits.
+    `datasets` would take words such as `test` in file names for splits, and then ignore a metadata file that lists all
+    images. If there is such a file, only top-level folders such as `train` and `test` define splits.
+
+    Raises:
+        ValueError: If there is such a file, but only some of its images are in folders of splits.
     """
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return library.load_from_disk(str(folder))
-    has_table = any((folder / f"metadata.{suffix}").is_file() for suffix in ("csv", "jsonl", "parquet"))
-    if not has_table or any(folder.glob("*/metadata.*")):
+    names = [f"metadata.{suffix}" for suffix in ("csv", "jsonl", "parquet")]
+    tables = [path for name in names for path in (*folder.glob(name), *folder.glob(f"*/{name}"))]
+    has_tables_of_splits = any(table.parent != folder and table.parent.name.lower() in PARTS for table in tables)
+    has_image_columns = any(path.name not in names for path in folder.rglob("*.parquet"))
+    if not tables or has_tables_of_splits or has_image_columns:
         return library.load_dataset(str(folder))
     rows = library.load_dataset(str(folder), data_files={"train": "**"})["train"]
     column = next((name for name, kind in rows.features.items() if isinstance(kind, library.Image)), None)
     first_folders: dict[str, list[int]] = {}
     for row, name in enumerate(_file_names([_encoded(rows, column)], column, folder) if column else []):
         first_folders.setdefault(name.partition("/")[0].lower(), []).append(row)
-    if not first_folders or not first_folders.keys() <= PARTS.keys():
+    others = [name for name in first_folders if name not in PARTS]
+    if not first_folders or len(others) == len(first_folders):
         return rows
+    if others:
+        raise ValueError(
+            f"images must all be in folders of splits, or none of them, got also {listed(map(repr, others))}; move them"
+        )
     return {part: rows.select(indices) for part, indices in first_folders.items()}
 
 
@@ -394,14 +405,18 @@ def _encoded(rows: Any, column: str) -> Any:
 
 
 def _file_names(parts: Sequence[Any], column: str, folder: Path) -> list[str]:
-    """Return the paths of encoded images relative to `folder`, or nothing if any image is not a file below it."""
-    if any(len(rows) and rows[0][column]["bytes"] is not None for rows in parts):
+    """Return the paths of encoded images relative to `folder`, or an empty list unless all are files below it."""
+    first = next((rows[0][column] for rows in parts if len(rows)), None)
+    if first is None or first["bytes"] is not None:  # do not read all images
         return []
-    paths = [item["path"] for rows in parts for item in rows[column]]
-    root = Path(os.path.abspath(folder))  # `absolute` would keep `..`
-    if not all(path is not None and Path(path).is_relative_to(root) for path in paths):
+    items = [item for rows in parts for item in rows[column]]
+    if any(item is None or item["path"] is None for item in items):
         return []
-    return [Path(path).relative_to(root).as_posix() for path in paths]
+    paths = [Path(item["path"]) for item in items]
+    for root in (Path(os.path.abspath(folder)), folder.resolve()):  # `datasets` resolves links in some layouts
+        if all(path.is_relative_to(root) for path in paths):
+            return [path.relative_to(root).as_posix() for path in paths]
+    return []
 
 
 def _values(rows: Any, image_columns: Sequence[str]) -> dict[str, list[Any]]:

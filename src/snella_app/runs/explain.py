@@ -26,7 +26,7 @@ from snella_app.records.record import read
 from snella_app.report.examples import EmbeddedImage, choose_examples, image_data_uri
 from snella_app.report.report import write_page
 from snella_app.runs.evaluate import rewrite_report
-from snella_app.runs.image_inputs import ImageInput, expand
+from snella_app.runs.image_inputs import ImageInput, check_columns, expand
 from snella_app.runs.images import check_splits, load_run_splits
 from snella_app.runs.layer_probe import LayerProbe
 from snella_app.runs.model import load_single_run
@@ -115,6 +115,7 @@ def explain(
         raise ValueError(f"neighbors must be at least 0, got {neighbors}")
     paths = [images] if isinstance(images, str | Path) else list(images)
     check_order(Path(run), paths)
+    check_columns(columns, paths)
     files = expand(paths, columns, table_columns(run), keep_missing=skip_corrupt)
     model = _load_classifier(run, by, batch_size, device)
     if of is not None and of not in model.classes:
@@ -144,7 +145,8 @@ def explain(
             likely_classes = [f"{label} {percent_text(p)}" for label, p in prediction.ranking[:3]]
             subject = f"for {target}" if by == "gradcam" else "of attention, independent of the class"
             if is_blank:
-                subject += ": blank, because no region raises this output"
+                reason = "no region raises this output" if by == "gradcam" else "all regions receive equal attention"
+                subject += f": blank, because {reason}"
             entries.append(
                 {
                     "name": str(prediction.path),
@@ -299,7 +301,7 @@ def _overlays(
 
 
 def _write_heat_map(path: Path, image: Image.Image, by: HeatMap, *, is_blank: bool) -> None:
-    """Write a heat map as PNG, with its method, and whether it is zero, in the metadata."""
+    """Write an image with a heat map as PNG; store the method, and whether the map is zero, in its metadata."""
     metadata = PngInfo()
     metadata.add_text("by", by)
     if is_blank:

@@ -223,8 +223,11 @@ class BaseRunFolder(Generic[S]):
         """Write the settings without updating their digest."""
         write_text(self.path / name, yaml.safe_dump(config.stored(), sort_keys=False))
 
-    def _complete_replacement(self) -> None:
-        """Remove the old run if the settings of a new one are stored, and make them the settings of the folder."""
+    def complete_replacement(self) -> None:
+        """Remove the old run if the settings of a new one are stored, and make them the settings of the folder.
+
+        The caller must hold the lock.
+        """
         new_config = self.path / _NEW_CONFIG
         if new_config.is_file():
             self._clear()
@@ -329,7 +332,7 @@ class BaseRunFolder(Generic[S]):
             ValueError: As for `resolve_settings`, or if `run.json` is damaged, or the adapter or results were altered.
         """
         if config.run.resume:
-            self._complete_replacement()
+            self.complete_replacement()
         resolved = self.resolve_settings(config)
         info = read_if_present(RunInfo, self.path) if resolved.run.resume else None
         if info is not None and info.is_finished:
@@ -344,8 +347,8 @@ class BaseRunFolder(Generic[S]):
     def prepare(self, config: S, *, is_resumed: bool) -> None:
         """Prepare a folder for a resumed run, or for a new run by removing the old run and writing `config.yaml`.
 
-        If a process is killed while it prepares a new run, `resume` continues the old run, unless the settings of the
-        new run have been stored; from then on, it starts the new run.
+        If a process is killed while it prepares a new run, `resume` starts the new run if its settings were already
+        stored, and continues the old run otherwise.
         """
         self.remove_temporary_files()
         if is_resumed:
@@ -353,7 +356,7 @@ class BaseRunFolder(Generic[S]):
         else:
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_settings(config, _NEW_CONFIG)
-            self._complete_replacement()
+            self.complete_replacement()
         self.checkpoints.mkdir(exist_ok=True)
 
     def _check_resumable(self, config: S, status: Status | None) -> None:
@@ -396,7 +399,7 @@ class BaseRunFolder(Generic[S]):
 
     def remove_temporary_files(self) -> None:
         """Remove temporary files left by a killed process; the caller must hold the lock."""
-        for name in self.files:
+        for name in (*self.files, _NEW_CONFIG):
             for path in self.path.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
 

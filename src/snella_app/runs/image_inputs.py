@@ -58,20 +58,25 @@ def split_inputs(
 
     Raises:
         FileNotFoundError: If a file does not exist, or a folder has no images. The message suggests similar names.
-        ValueError: If there are no images, or a table has no column of paths.
+        ValueError: If there are no images, a table has no column of paths, or `columns` is set without a table.
         TypeError: If `images` is neither an image nor an iterable.
     """
     if isinstance(images, str | Path):
+        check_columns(columns, [images])
         files = expand([images], columns, run_columns, keep_missing=keep_missing)
         is_single = files == [expand_user(images)]  # folders, patterns, and tables expand to different paths
         return list(files), is_single
     is_batch = isinstance(images, np.ndarray | Tensor) and images.ndim == 4
     if isinstance(images, bytes | Image.Image | np.ndarray | Tensor) and not is_batch:
+        check_columns(columns, ())
         return [images], True
     if not isinstance(images, Iterable):
         raise TypeError(
             f"images must be one or more files, PIL images, arrays or tensors, got {type(images).__name__} {images!r}"
         )
+    if columns is not None:
+        images = list(images)
+        check_columns(columns, images)
     inputs: list[ImageInput] = []
     for image in images:
         is_path = isinstance(image, str | Path)
@@ -102,11 +107,10 @@ def expand(
     Raises:
         FileNotFoundError: If a path does not exist, a folder has no images, or a pattern matches none. The message
             suggests similar names.
-        ValueError: If `images` is empty, a table has no column of paths, or `columns` is set without a table.
+        ValueError: If `images` is empty, or a table has no column of paths.
         ImportError: If pyarrow is required but not installed.
     """
     paths: list[Path] = []
-    has_table = False
     check_listed = list if keep_missing else _require_all
     for entry in images:
         prefix, rest = split_spec(str(entry))
@@ -114,8 +118,7 @@ def expand(
         image = expand_user(table or entry)
         if str(entry) == "-":
             paths += check_listed(Path(line) for line in _input_lines() if line.strip())
-        elif table or (image.suffix.lower() in TABLE_SUFFIXES and image.is_file()):
-            has_table = True
+        elif _is_table(entry):
             kind = prefix.rstrip(":") if table else None
             paths += check_listed(_paths_in_table(image, kind, columns, run_columns))
         elif image.is_dir():
@@ -135,9 +138,23 @@ def expand(
             paths += matching
     if not paths:
         raise ValueError("images must name at least one file or folder, got none")
-    if columns is not None and not has_table:
-        raise ValueError(f"columns needs a table of images, e.g. photos.csv, got columns={columns!r} without one")
     return paths
+
+
+def check_columns(columns: str | None, images: Iterable[Any]) -> None:
+    """Raise `ValueError` if `columns` is set and none of the images is a table."""
+    if columns is not None and not any(isinstance(image, str | Path) and _is_table(image) for image in images):
+        raise ValueError(
+            f"columns applies only to tables such as photos.csv, got columns={columns!r} without a table; leave it out"
+        )
+
+
+def _is_table(entry: str | Path) -> bool:
+    """Return whether an entry names a table of images."""
+    if split_spec(str(entry))[0] in ("csv:", "parquet:"):
+        return True
+    path = expand_user(entry)
+    return path.suffix.lower() in TABLE_SUFFIXES and path.is_file()
 
 
 def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:

@@ -20,7 +20,7 @@ from rich.console import Console
 from snella_app.console import counted, make_console, print_line, track_progress
 from snella_app.data.load import split_spec
 from snella_app.files import annotate_write_errors, check_new, create_folder, expand_user, write_bytes
-from snella_app.runs.image_inputs import expand, new_files
+from snella_app.runs.image_inputs import check_columns, expand, new_files
 from snella_app.runs.model import unfinished_note
 from snella_app.runs.predict import check_order, load, run_task_class, table_columns
 from snella_app.tasks.predictions import check_mask_names, table_bytes
@@ -74,6 +74,7 @@ def predict_to_files(
         raise ValueError(f"watch needs a folder among the images, got {', '.join(images)}")
     task.check_output(out, top_k, overwrite=overwrite or appends_rows)
     check_order(Path(run), images)
+    check_columns(columns, images)
     listed_images = [image for image in images if not watch or expand_user(image) not in folders]
     files: list[Path] = []
     if listed_images or not watch:

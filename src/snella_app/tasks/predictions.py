@@ -194,8 +194,8 @@ def write_predictions(
 
     Args:
         predictions: Predictions from `predict`.
-        out: Output file. The suffix selects the format: CSV (`.csv`, `.txt` or none), `.json` (list of objects),
-            `.jsonl` (one object per line) or `.parquet`.
+        out: Output file. The suffix selects the format: `.csv`, `.json` (list of objects), `.jsonl` (one object per
+            line), or `.parquet`.
         top_k: Number of classes per image. None writes the predicted class or, for multi-label predictions,
             all probabilities.
         overwrite: Replace an existing file.

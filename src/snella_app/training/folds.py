@@ -161,6 +161,7 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
         for name in ("folds.md", "folds.html"):
             (folder.path / name).unlink(missing_ok=True)
     folder.path.mkdir(parents=True, exist_ok=True)
+    config = config.replace(class_weights=config.optim.read_class_weights())  # all folds use the same weights
     folder.write_config(config)
     folder.write(FoldResults(int(config.data.folds or 0)))
     return config

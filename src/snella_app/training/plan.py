@@ -113,7 +113,7 @@ def resolve(
     can_skip = can_skip_training(plan.optim, protocol)
     if plan.optim.class_weights == "balanced" and plan.data.sampler == "weighted":
         parts.splits.notes.append(
-            "class_weights balanced and sampler weighted weight rare classes twice; leave one of the two out"
+            "class_weights balanced and sampler weighted both compensate for class imbalance; use only one of them"
         )
     if plan.optim.epochs == 0 and not can_skip:
         raise ValueError(

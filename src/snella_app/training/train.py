@@ -104,6 +104,8 @@ def train(
         console = Console(file=io.StringIO())  # only the main process prints
     console = console or make_console(survives_closed_output=True)
     with main_process_only(lock_run(run, allow_distributed=True)):
+        if config.run.resume:
+            broadcast_from_main(run.complete_replacement)
         if config.model.init_from is not None and not (config.run.resume and run.status is not None):
             config = _with_initial_settings(config, RunFolder(config.model.init_from))
         config, resumed = broadcast_from_main(partial(run.resolve_resume, config))

@@ -34,7 +34,7 @@ from snella_app.runs import RunFolder
 from snella_app.runs.images import load_splits
 from snella_app.tasks import create_task
 from snella_app.training.distributed import require_single_process
-from snella_app.training.session import TrainingInterrupted
+from snella_app.training.session import TrainingInterrupted, lock_run
 from snella_lab.comparison.cells import Cell, Plan, units
 from snella_lab.comparison.executors import Executor, InProcesses, InThisProcess, OnRay, import_ray
 from snella_lab.comparison.experiment import (
@@ -305,6 +305,9 @@ def choose_method(config: TrainConfig, console: Console | None = None) -> TrainC
     require_single_process("choosing a method")
     console = console or make_console(survives_closed_output=True)
     run = RunFolder(str(config.run.out))
+    if config.run.resume and run.path.is_dir():
+        with lock_run(run):
+            run.complete_replacement()
     default_method = TrainConfig.settings()["method"].default  # agrees with any stored method
     stored_method = run.resolve_settings(config.replace(method=default_method)).method.name
     if config.run.resume and stored_method != AUTO_METHOD and run.status is not None:

@@ -42,7 +42,7 @@ class Difference:
         high: Upper end of the interval.
         pairs: Number of pairs of runs with the same task and seed.
         tasks: Number of tasks.
-        p: Two-sided p-value of the t test. NaN if `low` is.
+        p: Two-sided p-value of the t test. NaN if `low` is NaN.
         above: Number of units whose difference is positive.
         below: Number of units whose difference is negative.
         adjusted_p: `p` after Holm's correction. NaN until `with_holm` sets it.
@@ -190,7 +190,7 @@ def with_holm(differences: Mapping[Key, Difference | None]) -> dict[Key, Differe
     The k-th smallest of m p-values becomes max over i <= k of (m - i + 1) · p_i, but at most 1.
 
     Args:
-        differences: Differences by any key. None and differences without a p-value (single units) remain unchanged.
+        differences: Differences by any key. None and differences without a p-value remain unchanged.
 
     Returns:
         Differences with `adjusted_p` and `comparisons`, under the same keys in the same order.

@@ -432,7 +432,7 @@ def interval_text(summary: Summary) -> str:
         units = "tasks"
         averaging = " (seeds averaged per task)"
     num_corrected = max((difference.comparisons for difference in differences), default=0)
-    compared = num_corrected or len(differences)  # differences of single units have no p-value to correct
+    compared = num_corrected or len(differences)  # without any p-value, nothing was corrected
     text = (
         f"differences from {summary.reference}{unit_text(summary, 'percentage points')}, with {percent_text(LEVEL, 0)} "
         f"Student's t intervals over {units}{averaging}; p after Holm's correction over "

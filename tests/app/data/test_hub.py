@@ -88,7 +88,7 @@ def test_names_of_images_in_a_folder_with_metadata_do_not_determine_the_split(im
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves its file open
-def test_folders_of_splits_share_a_table_of_metadata(image_folder, monkeypatch):
+def test_folders_of_splits_share_a_table_of_metadata(image_folder, tmp_path, monkeypatch):
     table = image_folder / "metadata.csv"
     text = table.read_text()
     for index in range(24):
@@ -101,6 +101,49 @@ def test_folders_of_splits_share_a_table_of_metadata(image_folder, monkeypatch):
     data = load_data("hf:../../photos")
     assert sorted(data.test.names) == [f"test/{index:02}.png" for index in range(0, 24, 4)]
     assert len(data.train) + len(data.val) == 18
+    (tmp_path / "link").symlink_to(image_folder)
+    assert load_data(f"hf:{tmp_path / 'link'}").test.names == data.test.names
+    (image_folder / "train" / "01.png").rename(image_folder / "01.png")
+    table.write_text(text.replace("train/01.png", "01.png"))
+    with pytest.raises(ValueError, match=r"must all be in folders of splits, or none of them, got also '01\.png'"):
+        load_data(f"hf:{image_folder}")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves its file open
+def test_folders_of_splits_may_have_a_table_each(image_folder, tmp_path):
+    lines = (image_folder / "metadata.csv").read_text().splitlines()
+    (image_folder / "metadata.csv").unlink()
+    for part, numbers in (("train", range(18)), ("test", range(18, 24))):
+        (image_folder / part).mkdir()
+        (image_folder / part / "metadata.csv").write_text("\n".join([lines[0], *(lines[1 + k] for k in numbers)]))
+        for number in numbers:
+            (image_folder / f"{number:02}.png").rename(image_folder / part / f"{number:02}.png")
+    (tmp_path / "link").symlink_to(image_folder)
+    for folder in (image_folder, tmp_path / "link"):
+        assert load_data(f"hf:{folder}").test.names == [f"test/{number:02}.png" for number in range(18, 24)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves its file open
+def test_a_table_in_a_subfolder_lists_all_images(image_folder, tmp_path):
+    image_folder.rename(tmp_path / "images")
+    image_folder.mkdir()
+    (tmp_path / "images").rename(image_folder / "images")
+    (image_folder / "images" / "00.png").rename(image_folder / "images" / "test_00.png")
+    table = image_folder / "images" / "metadata.csv"
+    table.write_text(table.read_text().replace("\n00.png", "\ntest_00.png"))
+    names = sorted(all_items(load_data(f"hf:{image_folder}")))
+    assert len(names) == 24 and "images/test_00.png" in names
+
+
+def test_rows_without_an_image_are_reported_or_skipped(tmp_path):
+    images = [None, *({"bytes": encoded(index), "path": None} for index in range(19))]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    rows = {"image": images, "label": ["a", "b"] * 10}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"1 of 20 rows .* train/000000 \(no image\)"):
+        load_data(f"hf:{tmp_path / 'saved'}")
+    data = load_data(f"hf:{tmp_path / 'saved'}", DataConfig(skip_corrupt=True))
+    assert len(data.train) + len(data.val) + len(data.test) == 19
 
 
 def test_a_saved_dataset_has_its_class_names_and_splits(tmp_path):

@@ -454,8 +454,7 @@ def test_copies_and_pages_are_noted(tmp_path):
     assert "only the first page or frame of 1 image is used: train/a/film.gif" in notes
     assert any(
         note.startswith(
-            "1 of 5 test images is also a training image (1 of them matches only as 16×16 thumbnails), "
-            "e.g. 'train/a/2.png'"
+            "1 of 5 test images is also a training image (1 of them matched by 16×16 thumbnails), e.g. 'train/a/2.png'"
         )
         and note.endswith("is 'test/a/again.jpg'; test results are optimistic; remove the copies from one split")
         for note in notes

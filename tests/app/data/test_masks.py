@@ -80,7 +80,7 @@ def test_a_copy_in_another_split_is_one_warning(tmp_path):
     data = load_data(f"masks:{tmp_path / 'm'}")
     (warning,) = data.warnings
     assert warning.startswith(
-        "1 of 3 val images is also a training image (1 of them matches only as 16×16 thumbnails), e.g. "
+        "1 of 3 val images is also a training image (1 of them matched by 16×16 thumbnails), e.g. "
     )
     assert "'train/images/002.png' is 'val/images/007.png'" in warning
     assert sum("also" in note for note in data.notes) == 1

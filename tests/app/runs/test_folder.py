@@ -216,7 +216,7 @@ class Killed(BaseException):
 def test_a_kill_during_overwrite_leaves_the_old_or_the_new_run(tmp_path, monkeypatch):
     """Kill before each rename and removal, then resume."""
     new_config, outcomes = config(tmp_path / "run", epochs=3).resolved(), []
-    for number in range(20):
+    for number in count():
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         run = create_run(tmp_path / "run", "running")
         (run.checkpoints / "checkpoint-4").mkdir()

@@ -361,8 +361,13 @@ def test_the_path_column_of_a_table_can_be_chosen(model, photos, tmp_path):
     table = tmp_path / "table.csv"
     table.write_text(f"path,photo\ngone.png,{photos / 'cats' / '000.png'}\n", encoding="utf-8")
     assert [prediction.path.name for prediction in model.predict(table, columns="path=photo")] == ["000.png"]
-    with pytest.raises(ValueError, match=r"columns needs a table of images, .* got columns='path=photo' without one"):
-        model.predict(photos, columns="path=photo")
+    other = photos / "cats" / "001.png"
+    predictions = model.predict([other, table], columns="path=photo")
+    assert [prediction.path.name for prediction in predictions] == ["001.png", "000.png"]
+    for images in (photos, [other], Image.new("RGB", (8, 8))):
+        message = r"columns applies only to tables .* got columns='path=photo' without a table; leave it out"
+        with pytest.raises(ValueError, match=message):
+            model.predict(images, columns="path=photo")
 
 
 def test_images_of_a_table_keep_their_names(finished, photos, tmp_path, monkeypatch):

@@ -229,7 +229,9 @@ def test_a_balanced_run_resumes_bit_for_bit(make_photos, tmp_path, monkeypatch):
     for name in ("history", "val", "test", "best_epoch"):
         assert again.read_json("metrics.json")[name] == uninterrupted.read_json("metrics.json")[name]
     notes = uninterrupted.read_json("run.json")["data"]["notes"]
-    assert "class_weights balanced and sampler weighted weight rare classes twice; leave one of the two out" in notes
+    assert (
+        "class_weights balanced and sampler weighted both compensate for class imbalance; use only one of them" in notes
+    )
 
 
 @pytest.mark.parametrize(("loss", "class_weights"), [("focal", "balanced"), ("logit-adjusted", None)])

@@ -134,6 +134,20 @@ def test_an_interrupted_cross_validation_is_resumed(fast, console, tmp_path, mon
     assert main(["train", "--out", str(root), "--resume"]) == 0
 
 
+def test_folds_store_the_content_of_a_class_weights_file(fast, tmp_path):
+    from snella_app.training import folds
+
+    weights = tmp_path / "weights.json"
+    weights.write_text('{"cats": 1, "dogs": 3}')
+    folder = RunFolder(tmp_path / "run")
+    folds._prepare_config(fast(class_weights=str(weights)), folder)
+    assert folder.read_config().optim.class_weights == {"cats": 1.0, "dogs": 3.0}
+    folds._prepare_config(fast(class_weights=str(weights), resume=True), folder)
+    weights.write_text('{"cats": 1, "dogs": 4}')
+    with pytest.raises(ValueError, match=r"class_weights is \{.*3\.0\} there and \{.*4\.0\} here"):
+        folds._prepare_config(fast(class_weights=str(weights), resume=True), folder)
+
+
 def test_an_interrupted_fold_is_resumed_with_the_cross_validation(fast, console, tmp_path):
     with interrupt_before(0), pytest.raises(TrainingInterrupted, match=rf"--out '{tmp_path}/my run' --resume"):
         train_folds(fast(out=str(tmp_path / "my run")), console)

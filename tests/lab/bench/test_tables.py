@@ -82,7 +82,6 @@ def test_fault_table_matches_its_last_row():
     for results in counts.values():
         results["trials"] = results.total()
     counts["finished"]["trials"] //= 5  # commands
-    counts["limits"]["one line"] = counts["limits"]["trials"]
     counts["torchruns"]["rejected with process id"] = counts["torchruns"]["one succeeded"]
     disk = "{0[one line]} one-line errors, {0[no effect]} stayed within the limit; {0[same bits]} bit-identical"
     overwritten = "{0[new run started]} new runs, {0[old run resumed]} old runs, {0[needs overwrite]} required"
@@ -100,7 +99,7 @@ def test_fault_table_matches_its_last_row():
         ("{0[trials]} | {0[one line]} one-line errors, {0[accepted]} accepted", "fuzzed"),
         ("{0[trials]} | " + together, "together", "torchruns"),
         ("{0[trials]} | {0[complete after retry]} complete", "merged"),
-        ("{0[trials]} | {0[one line]} one-line errors, all with a path", "limits"),
+        ("{0[trials]} | {0[one line with path]} one-line errors, all with a path", "limits"),
         ("{0[trials]} | {0[one line]} one-line errors, {0[harmless]} unaffected", "exchanged", "forged"),
         ("{0[trials]} | all rejected, bounded or shown as text", "objects", "bombs", "requests", "markup"),
     ]
