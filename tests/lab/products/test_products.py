@@ -1,4 +1,5 @@
 import importlib.util
+import math
 import re
 from pathlib import Path
 from statistics import fmean
@@ -259,6 +260,20 @@ def test_leads_in_the_readme_match_the_measurements(minutes):
     assert f"{mean} points {words[minutes]} ({low} to {high})" in readme
 
 
+def test_goals_in_the_notes_match_the_measurements():
+    means, firsts = [], []
+    for minutes in (1, 3, 10):
+        rows = _current_rows(_UNSEEN, minutes)
+        means.append(f"+{decimal_text(100 * _difference(rows)[0].mean, 1)}")
+        pairs = [(rows[k], rows[len(_UNSEEN) + k]) for k in range(len(_UNSEEN))]
+        firsts.append(sum(ours["accuracy"] > theirs["accuracy"] for ours, theirs in pairs))
+        deficits = {ours["folder"]: theirs["accuracy"] - ours["accuracy"] for ours, theirs in pairs}
+    worst = max(deficits, key=deficits.__getitem__)
+    assert f"reached: {', '.join(means[:2])}, and {means[2]} points above fastai" in _notes()
+    assert f"reached: first on {', '.join(map(str, firsts[:2]))}, and {firsts[2]} of the [eight folders" in _notes()
+    assert f"reached: {100 * deficits[worst]:.1f} points below fastai on `{worst}` in ten minutes" in _notes()
+
+
 def test_head_tables_in_the_notes_match_the_measurements():
     folders, notes = _module("folders"), _notes()
     rows = read_rows(_FOLDER.parent / "final_head.jsonl")
@@ -334,20 +349,24 @@ def test_table_of_ten_epochs_in_the_notes_matches_the_measurements():
     accuracies["fastai"] = {row["folder"]: {0: row["accuracy"]} for row in fastai}
     methods = ("snella", "lora-8", "full", "linear", "fastai")
     folders = sorted(accuracies["snella"])
-    assert all(accuracies[method].keys() >= set(folders) for method in methods)
-    means = {method: [fmean(accuracies[method][folder].values()) for folder in folders] for method in methods}
+    assert all(accuracies[method].keys() == set(folders) for method in methods[:-1])
+    means = {
+        method: [fmean(accuracies[method].get(folder, {0: math.nan}).values()) for folder in folders]
+        for method in methods
+    }
     for k, folder in enumerate(folders):
         seeds = [sorted(accuracies[method][folder]) for method in methods[:-1]]
         assert all(found in ([0], [0, 1, 2]) and found == seeds[0] for found in seeds)
-        cells = [decimal_text(100 * means[method][k], 1) for method in methods]
+        cells = [_percent(means[method][k]) for method in methods]
         assert f"| {folder} | {len(seeds[0])} | {' | '.join(cells)} |\n" in notes
-    shown = [decimal_text(100 * fmean(means[method]), 1) for method in methods]
+    shown = [_percent(fmean(means[method])) for method in methods]
     assert f"| mean | | {' | '.join(shown)} |\n" in notes
     for method, mean in zip(methods[:-1], shown, strict=False):
         assert re.search(rf"^\| `{method}`.*\| {mean} \|", readme, re.MULTILINE)
     gaps = {}
     for method in methods[1:]:
-        values = [(accuracies[method][folder], accuracies["snella"][folder]) for folder in folders]
+        shared = [folder for folder in folders if folder in accuracies[method]]
+        values = [(accuracies[method][folder], accuracies["snella"][folder]) for folder in shared]
         gaps[method] = difference_of([[theirs[seed] - ours[seed] for seed in theirs] for theirs, ours in values])
     assert f"| minus `snella` | | – | {' | '.join(map(_interval, gaps.values()))} |\n" in notes
     for method in ("linear", "fastai"):
@@ -355,6 +374,10 @@ def test_table_of_ten_epochs_in_the_notes_matches_the_measurements():
         mean, low, high = (f"{100 * -value:.1f}" for value in (gap.mean, gap.high, gap.low))
         assert f"{mean} points [{low}, {high}]" in " ".join(notes.split())
         assert f"{mean} points" in readme and f"{low} to {high})" in " ".join(readme.split())
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else decimal_text(100 * value, 1)
 
 
 def _interval(gap: Difference) -> str:
