@@ -1,5 +1,4 @@
 import importlib.util
-import math
 import re
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +10,7 @@ import pytest
 
 from snella_app.text import decimal_text, points_text
 from snella_lab.bench.rows import append_rows, read_rows
-from snella_lab.comparison.statistics import Difference, difference_of
+from snella_lab.comparison.statistics import Difference, difference_of, with_holm
 
 _FOLDER = Path(__file__).parents[3] / "benchmarks" / "products"
 
@@ -349,24 +348,19 @@ def test_table_of_ten_epochs_in_the_notes_matches_the_measurements():
     accuracies["fastai"] = {row["folder"]: {0: row["accuracy"]} for row in fastai}
     methods = ("snella", "lora-8", "full", "linear", "fastai")
     folders = sorted(accuracies["snella"])
-    assert all(accuracies[method].keys() == set(folders) for method in methods[:-1])
-    means = {
-        method: [fmean(accuracies[method].get(folder, {0: math.nan}).values()) for folder in folders]
-        for method in methods
-    }
+    means = {method: [fmean(accuracies[method][folder].values()) for folder in folders] for method in methods}
     for k, folder in enumerate(folders):
         seeds = [sorted(accuracies[method][folder]) for method in methods[:-1]]
         assert all(found in ([0], [0, 1, 2]) and found == seeds[0] for found in seeds)
-        cells = [_percent(means[method][k]) for method in methods]
+        cells = [decimal_text(100 * means[method][k], 1) for method in methods]
         assert f"| {folder} | {len(seeds[0])} | {' | '.join(cells)} |\n" in notes
-    shown = [_percent(fmean(means[method])) for method in methods]
+    shown = [decimal_text(100 * fmean(means[method]), 1) for method in methods]
     assert f"| mean | | {' | '.join(shown)} |\n" in notes
     for method, mean in zip(methods[:-1], shown, strict=False):
         assert re.search(rf"^\| `{method}`.*\| {mean} \|", readme, re.MULTILINE)
     gaps = {}
     for method in methods[1:]:
-        shared = [folder for folder in folders if folder in accuracies[method]]
-        values = [(accuracies[method][folder], accuracies["snella"][folder]) for folder in shared]
+        values = [(accuracies[method][folder], accuracies["snella"][folder]) for folder in folders]
         gaps[method] = difference_of([[theirs[seed] - ours[seed] for seed in theirs] for theirs, ours in values])
     assert f"| minus `snella` | | – | {' | '.join(map(_interval, gaps.values()))} |\n" in notes
     for method in ("linear", "fastai"):
@@ -374,10 +368,19 @@ def test_table_of_ten_epochs_in_the_notes_matches_the_measurements():
         mean, low, high = (f"{100 * -value:.1f}" for value in (gap.mean, gap.high, gap.low))
         assert f"{mean} points [{low}, {high}]" in " ".join(notes.split())
         assert f"{mean} points" in readme and f"{low} to {high})" in " ".join(readme.split())
-
-
-def _percent(value: float) -> str:
-    return "–" if math.isnan(value) else decimal_text(100 * value, 1)
+    corrected = with_holm({method: gaps[method] for method in methods[1:-1]})
+    assert [corrected[method].direction for method in methods[1:-1]] == [0, 0, -1]
+    assert gaps["fastai"].p < 1e-4 and "p < 0.0001; seed 0" in notes
+    lead = difference_of([[accuracies["linear"][folder][0] - accuracies["fastai"][folder][0]] for folder in folders])
+    values = [decimal_text(100 * value, 1) for value in (lead.mean, lead.low, lead.high)]
+    assert "{} points [{}, {}] better than fastai (seed 0)".format(*values) in " ".join(notes.split())
+    added = sorted(
+        ((ours - probe, folder) for ours, probe, folder in zip(means["snella"], means["linear"], folders, strict=True)),
+        reverse=True,
+    )
+    large = ", ".join(f"{decimal_text(100 * value, 1)} on `{folder}`" for value, folder in added[:7])
+    low, high = (decimal_text(100 * added[k][0], 1) for k in (-1, 7))
+    assert f": {large}, and between {low} and {high} on the others." in " ".join(notes.split())
 
 
 def _interval(gap: Difference) -> str:
