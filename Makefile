@@ -53,7 +53,7 @@ packages:
 	  dpkg -s $(PACKAGES) >/dev/null 2>&1 || { apt-get update -q && apt-get install -q -y --no-install-recommends $(PACKAGES); } ; \
 	else echo "note: tests that use Debian's datasets or a browser require: apt install $(PACKAGES)"; fi
 
-demo: install ## fine-tune a pre-trained ViT on images of solar cells; writes runs/demo/
+demo: install ## fine-tune a pre-trained ViT on handwritten digits; writes runs/demo/
 	$(BIN)/snella demo --out runs/demo --overwrite
 
 compare: install ## compare four methods on two tasks; writes runs/quick/

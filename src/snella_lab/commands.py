@@ -331,7 +331,7 @@ def demo(
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
-    """Compare a linear probe, LoRA and SNELLA on images of solar cells.
+    """Compare a linear probe, LoRA and SNELLA on handwritten digits.
 
       snella demo
       snella demo --out runs/demo

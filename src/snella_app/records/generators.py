@@ -81,6 +81,7 @@ class MethodResult:
     balanced_accuracy: Float = math.nan
     trainable_parameters: int | None = None
     train_s: Float = math.nan
+    step_memory: int | None = None
     adapter_bytes: int | None = None
     best_epoch: int | None = None
 

@@ -182,7 +182,8 @@ class RunInfo(Record):
     `files` contains the digests of a finished run's other files, or of an unfinished run's adapter. `calibration` is
     set for classifiers with validation images. `id` is a random ID, generated when the run starts and also stored in
     its checkpoints. `settings` is the digest of the settings in `config.yaml`. `final_head` is `layers` if predictions
-    come from a head on several layers, fitted after training.
+    come from a head on several layers, fitted after training. `step_memory` is the estimated peak memory of a training
+    step in bytes, in each process.
     """
 
     file: ClassVar[str] = "run.json"
@@ -195,6 +196,7 @@ class RunInfo(Record):
     tta: int = field(default=1, metadata=OPTIONAL)
     method: str
     method_options: dict[str, Any] = field(default_factory=dict)
+    step_memory: int | None = field(default=None, metadata=OPTIONAL)
     backbone: BackboneInfo
     classes: list[str]
     task_state: dict[str, Any] | None = field(default=None, metadata=OPTIONAL)

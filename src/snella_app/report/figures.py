@@ -40,7 +40,7 @@ from snella_app.report.style import (
     shortened,
     text_on,
 )
-from snella_app.text import count_text, measure_text, percent_text, split_text
+from snella_app.text import measure_text, percent_text, split_text
 
 MAX_NUMBERED_CLASSES = 50
 """Maximum number of classes for which a confusion matrix shows counts."""
@@ -164,18 +164,17 @@ def comparison_bars(rows: Sequence[MethodResult]) -> Figure:
     return figure
 
 
-def cost_bars(rows: Sequence[MethodResult]) -> Figure:
-    """Draw training times of several methods in seconds, labeled with the numbers of trainable parameters."""
-    figure, axes = _bar_axes(rows, "Training cost")
-    seconds = np.nan_to_num([row.train_s for row in rows])
-    longest = float(seconds.max(initial=0.0)) or 1.0  # 1 if no time was measured
-    axes.barh(np.arange(len(rows)), seconds, height=0.5, color=ACCENT)
-    for position, row in enumerate(rows):
-        time = "not measured" if math.isnan(row.train_s) else f"{row.train_s:,.0f} s"
-        count = "" if row.trainable_parameters is None else f" · {count_text(row.trainable_parameters)}"
-        axes.text(seconds[position] + longest / 60, position, time + count, va="center", color=INK, fontsize=11)
-    axes.set_xlim(0, 1.75 * longest)
-    axes.set_xlabel("seconds (labels: time · trainable parameters)")
+def cost_bars(rows: Sequence[MethodResult], title: str, unit: str, costs: Sequence[float]) -> Figure:
+    """Draw one cost per method; a cost of NaN was not measured."""
+    figure, axes = _bar_axes(rows, title)
+    lengths = np.nan_to_num(costs)
+    longest = float(lengths.max(initial=0.0)) or 1.0  # 1 if nothing was measured
+    axes.barh(np.arange(len(rows)), lengths, height=0.5, color=ACCENT)
+    for position, (length, cost) in enumerate(zip(lengths, costs, strict=True)):
+        text = "not measured" if math.isnan(cost) else f"{cost:,.0f} {unit}"
+        axes.text(length + longest / 60, position, text, va="center", color=INK, fontsize=11)
+    axes.set_xlim(0, 1.3 * longest)
+    axes.set_xlabel(unit)
     return figure
 
 
@@ -249,12 +248,20 @@ def _is_measured(metrics: Metrics, field: str) -> bool:
 
 
 def comparison_section(rows: Sequence[MethodResult]) -> dict[str, Any] | None:
-    """Return the accuracy and cost of the compared methods."""
+    """Return the accuracy, memory, and training time of the compared methods."""
     if not rows:
         return None
-    accuracy = inline_svg(comparison_bars(rows), "comparison-accuracy", "Bar chart of the accuracy of each method.")
-    cost = inline_svg(cost_bars(rows), "comparison-cost", "Bar chart of the training time of each method.")
-    return {"rows": rows, "figures": [accuracy, cost]}
+    mib = [math.nan if row.step_memory is None else row.step_memory / 2**20 for row in rows]
+    charts = [
+        ("accuracy", "the accuracy", comparison_bars(rows)),
+        ("memory", "the estimated memory of a training step", cost_bars(rows, "Memory of a training step", "MiB", mib)),
+        ("time", "the training time", cost_bars(rows, "Training time", "s", [row.train_s for row in rows])),
+    ]
+    svgs = [
+        inline_svg(chart, f"comparison-{name}", f"Bar chart of {measure} of each method.")
+        for name, measure, chart in charts
+    ]
+    return {"rows": rows, "figures": svgs}
 
 
 def confusion_section(info: RunInfo, metrics: Metrics) -> dict[str, Any] | None:

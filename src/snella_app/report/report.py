@@ -116,8 +116,10 @@ def results_section(metrics: Metrics, marks: Sequence[tuple[str, float]]) -> dic
     }
 
 
-def method_facts(metrics: Metrics, allocation: Allocation | None, budgets: Mapping[str, int]) -> list[Fact]:
-    """Return the trainable parameters, the budget, the final head, and the peak memory, as far as they are known."""
+def method_facts(
+    info: RunInfo, metrics: Metrics, allocation: Allocation | None, budgets: Mapping[str, int]
+) -> list[Fact]:
+    """Return the trainable parameters, the budget, the final head, and the memory, as far as they are known."""
     facts = [_count_fact("trainable parameters", metrics.trainable_parameters)]
     if allocation is not None:
         total_budget = sum(budgets.values())
@@ -132,6 +134,8 @@ def method_facts(metrics: Metrics, allocation: Allocation | None, budgets: Mappi
         value = f"{len(head.layers)} layers" if head.is_saved else "trained"
         note = f"{head.name}: {head.comparison}" if head.comparison else head.name
         facts.append(("final head", value, note))
+    if info.step_memory is not None:
+        facts.append(("memory of a training step", bytes_text(info.step_memory), "estimate"))
     if not math.isnan(metrics.peak_rss_mib):
         facts.append(("peak memory", bytes_text(metrics.peak_rss_mib * 2**20), "of the training process"))
     return facts
@@ -503,7 +507,7 @@ def write_report(
             "warning": _selection_warning(metrics),
             "verdict": verdict_text(info, metrics),
             "results": results_section(metrics, baselines(info, metrics, comparison)),
-            "facts": method_facts(metrics, allocation, budgets),
+            "facts": method_facts(info, metrics, allocation, budgets),
             "curves": figures.curves_section(metrics),
             "confusion": figures.confusion_section(info, metrics),
             "classes": targets.classes_section(metrics),

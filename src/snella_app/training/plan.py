@@ -249,7 +249,7 @@ def _flips_change_classes(parts: RunComponents, optim: OptimConfig) -> bool:
     return only_without - only_with > 2.0 * math.sqrt(only_without + only_with)  # McNemar's test, two standard errors
 
 
-def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> None:
+def log_summary(console: Console, plan: TrainConfig, parts: RunComponents, step_memory: int) -> None:
     """Print the data, model, method, budgets, steps, estimated memory, and warnings."""
     splits = parts.splits
     model = parts.model
@@ -314,13 +314,17 @@ def log_summary(console: Console, plan: TrainConfig, parts: RunComponents) -> No
     if plan.run.device == "auto" and device.type == "cpu" and torch.backends.mps.is_available():
         rows.append(("note", "--device mps trains on the GPU of this machine"))
     rows += _stopping_rows(optim, adapter if is_reduced else None)
-    memory_mib = predicted_memory(parts, optim.precision, -(-batch_size // num_processes)) / 2**20
-    free_mib = free_memory(device) / 2**20
-    if plan.run.shard:
-        memory_mib -= sharding_savings(model, num_processes) / 2**20
+    memory_mib, free_mib = step_memory / 2**20, free_memory(device) / 2**20
     estimate = "estimate for weights, gradients, optimizer, batch"
     rows.append(("memory", f"about {memory_mib:,.0f} MiB of {free_mib:,.0f} MiB free ({estimate})"))
     print_rows(console, [*rows, *_cost_warnings(plan, parts, memory_mib, free_mib)])
+
+
+def estimate_step_memory(plan: TrainConfig, parts: RunComponents) -> int:
+    """Estimate the peak memory of a training step in each process, in bytes."""
+    num_processes = process_count()
+    memory = predicted_memory(parts, plan.optim.precision, -(-plan.optim.effective_batch_size // num_processes))
+    return memory - (sharding_savings(parts.model, num_processes) if plan.run.shard else 0)
 
 
 def _cost_warnings(
@@ -386,7 +390,7 @@ def shorten_hint(parts: RunComponents, factor: float) -> str:
     return f"; --img-size {smaller_side} takes about {fraction:.0%} of that time but may lower accuracy"
 
 
-def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str] = SPLITS) -> RunInfo:
+def describe_run(plan: TrainConfig, parts: RunComponents, step_memory: int, names: Collection[str] = SPLITS) -> RunInfo:
     """Build the record of a new or resumed run, with content digests of the splits in `names`."""
     splits = parts.splits
     return RunInfo(
@@ -397,6 +401,7 @@ def describe_run(plan: TrainConfig, parts: RunComponents, names: Collection[str]
         tta=plan.data.views,
         method=plan.method.name,
         method_options=plan.method.all_options(),
+        step_memory=step_memory,
         backbone=parts.backbone,
         classes=list(splits.classes),
         task_state=parts.task.state() or None,

@@ -47,7 +47,7 @@ from snella_app.training.linear_probe import (
     enable_feature_norm,
     init_head_from_probe,
 )
-from snella_app.training.plan import describe_run, log_summary, resolve, shorten_hint
+from snella_app.training.plan import describe_run, estimate_step_memory, log_summary, resolve, shorten_hint
 from snella_app.training.session import InterruptCallback, lock_run, record_status
 from snella_app.training.trainer import SnellaTrainer, StartCallback
 
@@ -142,8 +142,9 @@ def train(
         if is_main():
             run.prepare(plan, is_resumed=stored is not None)
             store_selection(run.path, plan.method.name, parts.model)
-            run.write(describe_run(plan, parts, SPLITS if evaluate_test else ("train", "val")))
-            log_summary(console, plan, parts)
+            step_memory = estimate_step_memory(plan, parts)
+            run.write(describe_run(plan, parts, step_memory, SPLITS if evaluate_test else ("train", "val")))
+            log_summary(console, plan, parts, step_memory)
         if not evaluate_test:
             parts.splits.test = None
         with main_process_only(record_status(run, "train", has_dataset=data is not None)):

@@ -224,11 +224,19 @@ class RunBuilder:
 
     def comparison(self):
         rows = [
-            ("linear", 0.752, 0.741, 770, 21.0, 4_000),
-            ("lora-8", 0.817, 0.809, 295_682, 118.4, 1_190_000),
-            ("snella-8", 0.815, 0.811, 333_122, 143.2, 1_340_000),
+            ("linear", 0.752, 0.741, 770, 21.0, 97 << 20, 4_000),
+            ("lora-8", 0.817, 0.809, 295_682, 118.4, 205 << 20, 1_190_000),
+            ("snella-8", 0.815, 0.811, 333_122, 143.2, 169 << 20, 1_340_000),
         ]
-        keys = ("method", "accuracy", "balanced_accuracy", "trainable_parameters", "train_s", "adapter_bytes")
+        keys = (
+            "method",
+            "accuracy",
+            "balanced_accuracy",
+            "trainable_parameters",
+            "train_s",
+            "step_memory",
+            "adapter_bytes",
+        )
         self.write("comparison.json", {"rows": [dict(zip(keys, row, strict=True)) for row in rows]})
         return self
 

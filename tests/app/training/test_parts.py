@@ -198,9 +198,9 @@ def test_memory_and_time_warnings_are_printed_before_training(monkeypatch):
         load_data("digits"), model, ClassificationTask(tuple("0123456789")), {}, {"input_size": [3, 448, 448]}
     )
     output = io.StringIO()
-    log_summary(Console(file=output, width=300), config("linear"), parts)
+    log_summary(Console(file=output, width=300), config("linear"), parts, 2 << 20)
     text = output.getvalue()
-    assert "MiB of 1 MiB free" in text
+    assert "about 2 MiB of 1 MiB free" in text
     assert "not enough free memory; use --batch-size below 32, --grad-checkpointing or a smaller --img-size" in text
     assert "the model's default of 448×448 px takes about 4 times as long on a CPU as 224×224 px" in text
 
@@ -215,7 +215,7 @@ def test_an_unused_gpu_of_apple_is_suggested(device, is_available, is_suggested,
         load_data("digits"), model, ClassificationTask(tuple("0123456789")), {}, {"input_size": [3, 32, 32]}
     )
     output = io.StringIO()
-    log_summary(Console(file=output, width=300), config("linear", device=device), parts)
+    log_summary(Console(file=output, width=300), config("linear", device=device), parts, 2 << 20)
     assert ("--device mps trains on the GPU of this machine" in output.getvalue()) == is_suggested
 
 
@@ -230,7 +230,7 @@ def test_the_memory_warning_suggests_compression_for_snella(monkeypatch):
     )
     for options, is_suggested in (({}, True), ({"compress_activations": True}, False)):
         output = io.StringIO()
-        log_summary(Console(file=output, width=300), config("snella", method_options=options), parts)
+        log_summary(Console(file=output, width=300), config("snella", method_options=options), parts, 2 << 20)
         assert ("--method-options.compress_activations true, --grad-" in output.getvalue()) == is_suggested
 
 

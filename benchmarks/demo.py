@@ -1,0 +1,39 @@
+"""Run the demonstration (`make demo`) with several seeds and precisions.
+
+python benchmarks/demo.py [--seeds 0 1 2] [--precision fp32]        appends to demo.jsonl
+
+Each row contains the results of one method, and the seconds from start to end of the whole demonstration.
+"""
+
+import argparse
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from snella_app.records.generators import MethodResults
+from snella_app.records.record import read
+from snella_app.runs.folder import RunFolder
+from snella_lab.bench.rows import append_rows
+from snella_lab.provenance import conditions
+from snella_lab.recipes.demo import run_demo
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
+    args = parser.parse_args()
+    for seed in args.seeds:
+        with tempfile.TemporaryDirectory(prefix="snella-demo-") as out:
+            start = time.perf_counter()
+            folder = run_demo(out, overwrite=True, seed=seed, precision=args.precision)
+            seconds = round(time.perf_counter() - start, 1)
+            demo = {"seed": seed, "precision": RunFolder(folder).read_config().optim.precision, "demo_s": seconds}
+            results = read(MethodResults, folder).rows
+            append_rows(args.out, [{**demo, **asdict(result), **conditions("cpu")} for result in results])
+
+
+if __name__ == "__main__":
+    main()
