@@ -2,11 +2,11 @@
 
 python benchmarks/demo.py [--seeds 0 1 2] [--precision fp32]        appends to demo.jsonl
 
-Each row contains the results of one method, and the seconds from start to end of the whole demonstration.
+Each row contains the results of one method, and the seconds from start to end of the whole demonstration. The runs remain in
+`--runs`.
 """
 
 import argparse
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -23,16 +23,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/demo-seeds"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     args = parser.parse_args()
     for seed in args.seeds:
-        with tempfile.TemporaryDirectory(prefix="snella-demo-") as out:
-            start = time.perf_counter()
-            folder = run_demo(out, overwrite=True, seed=seed, precision=args.precision)
-            seconds = round(time.perf_counter() - start, 1)
-            demo = {"seed": seed, "precision": RunFolder(folder).read_config().optim.precision, "demo_s": seconds}
-            results = read(MethodResults, folder).rows
-            append_rows(args.out, [{**demo, **asdict(result), **conditions("cpu")} for result in results])
+        start = time.perf_counter()
+        folder = run_demo(args.runs / f"seed-{seed}", overwrite=True, seed=seed, precision=args.precision)
+        seconds = round(time.perf_counter() - start, 1)
+        demo = {"seed": seed, "precision": RunFolder(folder).read_config().optim.precision, "demo_s": seconds}
+        results = read(MethodResults, folder).rows
+        append_rows(args.out, [{**demo, **asdict(result), **conditions("cpu")} for result in results])
 
 
 if __name__ == "__main__":
