@@ -183,7 +183,7 @@ class RunInfo(Record):
     set for classifiers with validation images. `id` is a random ID, generated when the run starts and also stored in
     its checkpoints. `settings` is the digest of the settings in `config.yaml`. `final_head` is `layers` if predictions
     come from a head on several layers, fitted after training. `step_memory` is the estimated peak memory of a training
-    step in bytes, in each process.
+    step in each process, in bytes; None for a run without training.
     """
 
     file: ClassVar[str] = "run.json"

@@ -165,13 +165,13 @@ def comparison_bars(rows: Sequence[MethodResult]) -> Figure:
 
 
 def cost_bars(rows: Sequence[MethodResult], title: str, unit: str, costs: Sequence[float]) -> Figure:
-    """Draw one cost per method; a cost of NaN was not measured."""
+    """Draw one cost per method; a cost of NaN is unknown."""
     figure, axes = _bar_axes(rows, title)
     lengths = np.nan_to_num(costs)
-    longest = float(lengths.max(initial=0.0)) or 1.0  # 1 if nothing was measured
+    longest = float(lengths.max(initial=0.0)) or 1.0  # 1 if no cost is known
     axes.barh(np.arange(len(rows)), lengths, height=0.5, color=ACCENT)
     for position, (length, cost) in enumerate(zip(lengths, costs, strict=True)):
-        text = "not measured" if math.isnan(cost) else f"{cost:,.0f} {unit}"
+        text = "–" if math.isnan(cost) else f"{cost:,.0f} {unit}"
         axes.text(length + longest / 60, position, text, va="center", color=INK, fontsize=11)
     axes.set_xlim(0, 1.3 * longest)
     axes.set_xlabel(unit)
@@ -252,14 +252,12 @@ def comparison_section(rows: Sequence[MethodResult]) -> dict[str, Any] | None:
     if not rows:
         return None
     mib = [math.nan if row.step_memory is None else row.step_memory / 2**20 for row in rows]
-    charts = [
-        ("accuracy", "the accuracy", comparison_bars(rows)),
-        ("memory", "the estimated memory of a training step", cost_bars(rows, "Memory of a training step", "MiB", mib)),
-        ("time", "the training time", cost_bars(rows, "Training time", "s", [row.train_s for row in rows])),
-    ]
+    memory = cost_bars(rows, "Memory of a training step (estimate)", "MiB", mib)
+    time = cost_bars(rows, "Training time", "s", [row.train_s for row in rows])
+    charts = {"accuracy": comparison_bars(rows), "step memory": memory, "training time": time}
     svgs = [
-        inline_svg(chart, f"comparison-{name}", f"Bar chart of {measure} of each method.")
-        for name, measure, chart in charts
+        inline_svg(chart, f"comparison-{name.replace(' ', '-')}", f"Bar chart of the {name} of each method.")
+        for name, chart in charts.items()
     ]
     return {"rows": rows, "figures": svgs}
 

@@ -135,7 +135,7 @@ def method_facts(
         note = f"{head.name}: {head.comparison}" if head.comparison else head.name
         facts.append(("final head", value, note))
     if info.step_memory is not None:
-        facts.append(("memory of a training step", bytes_text(info.step_memory), "estimate"))
+        facts.append(("memory of a training step", bytes_text(info.step_memory), "estimate, per process"))
     if not math.isnan(metrics.peak_rss_mib):
         facts.append(("peak memory", bytes_text(metrics.peak_rss_mib * 2**20), "of the training process"))
     return facts

@@ -401,7 +401,7 @@ def describe_run(plan: TrainConfig, parts: RunComponents, step_memory: int, name
         tta=plan.data.views,
         method=plan.method.name,
         method_options=plan.method.all_options(),
-        step_memory=step_memory,
+        step_memory=step_memory if plan.optim.epochs else None,
         backbone=parts.backbone,
         classes=list(splits.classes),
         task_state=parts.task.state() or None,

@@ -140,9 +140,9 @@ def train(
             plan = config  # `config.yaml` contains the plan
         wait_for_everyone()  # all processes must read the stored files before the main process replaces them
         if is_main():
+            step_memory = estimate_step_memory(plan, parts)
             run.prepare(plan, is_resumed=stored is not None)
             store_selection(run.path, plan.method.name, parts.model)
-            step_memory = estimate_step_memory(plan, parts)
             run.write(describe_run(plan, parts, step_memory, SPLITS if evaluate_test else ("train", "val")))
             log_summary(console, plan, parts, step_memory)
         if not evaluate_test:

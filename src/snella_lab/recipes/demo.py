@@ -24,12 +24,12 @@ DEMO_SETTINGS: dict[str, Any] = {
     "epochs": 5,
     "seed": 0,
 }
-"""Settings that all methods share; all others have their default values.
+"""Settings that all methods share. All other settings have their default values.
 
 Small images and few epochs keep the demo short."""
 
 DEMO_METHODS = ("linear", "lora-8", "snella-8")
-"""Methods to compare. The linear probe does not train: its head is fitted to features of the unchanged backbone."""
+"""Methods to compare. The linear probe does not train: its head is fitted to the features of the unchanged backbone."""
 
 
 def run_demo(
@@ -64,12 +64,12 @@ def run_demo(
     print_heading("comparison")
     train_size = {**DEMO_SETTINGS, **settings}["train_size"]
     print_line(console, f"{folder}: {train_size} training images, same test images for all methods")
-    columns = ("method", "accuracy", "memory of a step, MiB", "seconds", "trainable parameters", "adapter, MiB")
+    columns = ("method", "accuracy", "step memory, MiB", "seconds", "trainable parameters", "adapter, MiB")
     rows = (
         (
             result.method,
             f"{result.accuracy:.4f}",
-            f"{(result.step_memory or 0) / 2**20:.0f}",
+            "–" if result.step_memory is None else f"{result.step_memory / 2**20:.0f}",
             f"{result.train_s:.0f}",
             f"{result.trainable_parameters:,}",
             f"{(result.adapter_bytes or 0) / 2**20:.2f}",

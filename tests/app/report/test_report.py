@@ -114,10 +114,19 @@ def test_headline_is_the_test_accuracy_and_method_details_are_collapsed(compared
     assert main.count('class="value"') == 1
     labels = re.findall("<dt>(.*?)</dt>", others)
     assert labels == ["test balanced accuracy", "validation accuracy", "validation balanced accuracy"]
-    for phrase in ("trainable parameters", "frozen", "adapted weights"):
+    for phrase in ("trainable parameters", "frozen", "adapted weights", "memory of a training step"):
         assert phrase not in results, phrase
         method = page.partition('<section id="method">')[2].partition("</section>")[0]
         assert phrase in method.partition("<details>")[2], phrase
+
+
+def test_comparison_has_the_step_memory_of_trained_methods(compared_report):
+    page = compared_report.read_text(encoding="utf-8")
+    section = page.partition('<section id="comparison">')[2].partition("</section>")[0]
+    assert "Bar chart of the step memory of each method." in section
+    rows = section.partition("Table of methods")[2].split('<th scope="row">')[1:]
+    cells = [re.findall('<td class="n">(.*?)</td>', row)[2] for row in rows]
+    assert [cell.replace("\N{NO-BREAK SPACE}", " ") for cell in cells] == ["–", "205 MiB", "169 MiB"]
 
 
 def test_margins_are_labeled_as_95_percent(run):

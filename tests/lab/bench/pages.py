@@ -6,7 +6,8 @@ from pathlib import Path
 from snella_lab.bench.rows import read_rows
 
 ROOT = Path(__file__).parents[3]
-README, SPEED, LIBRARY, TRAINING = "README.md", "docs/speed.md", "docs/library.md", "docs/training.md"
+README, INDEX, SPEED = "README.md", "docs/index.md", "docs/speed.md"
+LIBRARY, TRAINING = "docs/library.md", "docs/training.md"
 STEPS, COSTS, CHECKS = "docs/notes/step-time.md", "docs/notes/cost-model.md", "docs/notes/checks.md"
 COMPARISONS, PAPER = "docs/notes/comparisons.md", "docs/notes/paper.md"
 

@@ -8,8 +8,9 @@ import pytest
 from snella_app.text import points_text, signed_text
 from snella_lab.comparison.statistics import FinalRuns, difference_of
 from snella_lab.comparison.summary import difference_text
+from snella_lab.recipes.demo import DEMO_METHODS
 
-from .pages import COMPARISONS, LIBRARY, PAPER, ROOT, STEPS, TRAINING, assert_states, rows, span, table
+from .pages import CHECKS, COMPARISONS, INDEX, LIBRARY, PAPER, ROOT, STEPS, TRAINING, assert_states, rows, span, table
 
 METRIC = "test_accuracy"
 SUITE = ["mnist", "elpv", "fashion-mnist", "mri-regions", "stamps", "digits"]
@@ -235,3 +236,31 @@ def test_text_on_the_twin_of_table_ix_matches_the_measured_rows():
     gains = [runs.difference(f"snella-8{s}", f"within-layers{s}", SUITE, METRIC) for s in ("", "-scaling-1")]
     sentence = "the intervals exclude an improvement of more than {:.1f} points"
     assert_states(COMPARISONS, sentence, 100 * max(gain.high for gain in gains))
+
+
+def test_results_of_the_demonstration_match_its_rows():
+    runs = {(row["method"], row["seed"]): row for row in rows("demo")}
+    seeds = sorted({seed for _, seed in runs})
+    accuracies = {method: [100 * runs[method, seed]["accuracy"] for seed in seeds] for method in DEMO_METHODS}
+    assert {row["precision"] for row in runs.values()} == {"fp32"}
+    expected = [[f"{accuracy:.1f}" for accuracy in line] for line in zip(*accuracies.values(), strict=True)]
+    means = [f"{fmean(accuracies[method]):.1f}" for method in DEMO_METHODS]
+    assert table(CHECKS, "| seed | linear probe") == [*expected, means]
+    costs = [runs[method, seeds[0]] for method in DEMO_METHODS]
+    assert table(CHECKS, "| method | memory of a training step") == [
+        [
+            "–" if row["step_memory"] is None else f"{row['step_memory'] / 2**20:.0f} MiB",
+            f"{row['train_s']:.0f} s",
+            f"{row['trainable_parameters']:,}",
+            f"{row['adapter_bytes'] / 2**20:.2f} MiB",
+        ]
+        for row in costs
+    ]
+    minutes, seconds = divmod(round(costs[0]["demo_s"]), 60)
+    assert_states(CHECKS, "the demonstration took {} min {} s", minutes, seconds)
+    probe, lora, snella = means
+    assert_states(INDEX, "LoRA reaches {}%, SNELLA {}%, and the linear probe {}%", lora, snella, probe)
+    gaps = [here - there for here, there in zip(accuracies["snella-8"], accuracies["lora-8"], strict=True)]
+    assert_states(INDEX, "between {} and {} points", *(signed_text(end(gaps), 1) for end in (min, max)))
+    memory = [f"{row['step_memory'] / 2**20:.0f}" for row in costs[1:]]
+    assert_states(INDEX, "{} MiB instead of {}", memory[1], memory[0])

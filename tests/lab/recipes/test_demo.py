@@ -41,10 +41,13 @@ def test_demo_compares_three_methods_on_one_split(photos, tmp_path, counts_by_ep
     for row, run in zip(rows, (runs[1], runs[2], runs[0]), strict=True):
         metrics = run.read_json("metrics.json")
         assert row["accuracy"] == metrics["test"]["accuracy"] and row["adapter_bytes"] == metrics["adapter_bytes"]
+        assert row["step_memory"] == run.read_json("run.json").get("step_memory")
+    memory = {row["method"]: row["step_memory"] for row in rows}
+    assert memory["linear"] is None and 0 < memory["snella-8"] < memory["lora-8"]
     table = output.getvalue().rpartition("comparison")[2]
     for text in (
         ": 24 training images",
-        "memory of a step",
+        "step memory",
         "trainable parameters",
         "seconds",
         "snella-8",
