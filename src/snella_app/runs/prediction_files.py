@@ -124,7 +124,7 @@ def predict_to_files(
     else:
         progress_console = None if out is None else error_console  # printed predictions show the progress themselves
         predictions = track_progress(predict_paths(files), "predicting", len(files), progress_console)
-    with _until_interrupted(received_signals) if watch else contextlib.nullcontext():
+    with _collect_signals(received_signals) if watch else contextlib.nullcontext():
         if out is None:
             for prediction in predictions:
                 print_line(console, f"{prediction.path}: {prediction.text(top_k)}")
@@ -217,7 +217,7 @@ def _watch_predictions(
     out: str | None,
     signals: Sequence[int],
 ) -> Iterator[Any]:
-    """Yield predictions for files, then for new images in folders until interrupted.
+    """Yield predictions for files, then for new images in folders, until `signals` is no longer empty.
 
     Images that are listed in `out`, the table of an earlier call, are not predicted again. Images that cannot be read
     are tried again if they change.
@@ -230,25 +230,29 @@ def _watch_predictions(
         for prediction in predict_paths(paths) if paths else ():
             done.add(prediction.path.resolve())
             yield prediction
+            if signals:
+                return
         paths = next(polls)
 
 
 @contextlib.contextmanager
-def _until_interrupted(signals: list[int]) -> Iterator[None]:
-    """Run the block until Ctrl-C or SIGTERM, then continue after the block.
+def _collect_signals(signals: list[int]) -> Iterator[None]:
+    """Append received signals (SIGINT, SIGTERM) to `signals` while the block runs.
 
-    The signal is also added to `signals`, because Python discards a KeyboardInterrupt that is raised in a finalizer.
+    The block should end after the first one. A second one ends it immediately. The first one raises no exception,
+    because an exception could be lost in a finalizer or leave a file incomplete.
     """
 
-    def interrupt(number: int, _: Any) -> None:
+    def collect(number: int, _: Any) -> None:
         signals.append(number)
-        raise KeyboardInterrupt
+        if len(signals) > 1:
+            raise KeyboardInterrupt
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     # ignored signals stay ignored; a handler of None was set by C code and could not be restored
     previous = {number: handler for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)}
     for number in previous:
-        signal.signal(number, interrupt)
+        signal.signal(number, collect)
     try:
         with contextlib.suppress(KeyboardInterrupt):
             yield

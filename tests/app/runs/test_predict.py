@@ -29,7 +29,7 @@ from snella_app.runs.evaluate import evaluate
 from snella_app.runs.image_inputs import expand, new_files
 from snella_app.runs.layer_probe import LayerProbe, linear_head, probed_layers
 from snella_app.runs.predict import Predictor, _head, check_shape, load
-from snella_app.runs.prediction_files import predict_to_files, write_features
+from snella_app.runs.prediction_files import _collect_signals, predict_to_files, write_features
 from snella_app.tasks import RegressionTask
 from snella_app.tasks.task import MAX_VIEWS
 from tests.processes import command
@@ -416,11 +416,41 @@ def test_watch_predicts_new_files_and_stops_cleanly(stop, finished, photos, tmp_
         ]
         assert errors.read_text() == f"skipped '{inbox / 'b.png'}' (unknown image format)\n"
         process.send_signal(stop)
-        # a line interrupted by the signal is printed again
-        *again, last = process.communicate(timeout=120)[0].splitlines()
-        assert last == f"2 images: {out}" and process.returncode == 0
-        assert all(line.startswith(f"{inbox / 'c.png'}: ") for line in again) and len(again) <= 1
+        assert process.communicate(timeout=120)[0] == f"2 images: {out}\n" and process.returncode == 0
     assert errors.read_text().count("\n") == 1
+
+
+def test_first_signal_raises_nothing_and_a_second_one_ends_the_block(monkeypatch):
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    ignored = []
+    monkeypatch.setattr("sys.unraisablehook", ignored.append)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signals = []
+    with _collect_signals(signals):
+        Finalized()
+        assert signals == [signal.SIGTERM] and not ignored
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the block continued")
+    assert signals == [signal.SIGTERM, signal.SIGINT]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_watch_stops_after_the_current_image(stop, finished, photos, tmp_path, capsys, monkeypatch):
+    def interrupt_once(console, text):
+        if not printed:
+            signal.raise_signal(stop)
+        printed.append(text)
+
+    printed = []
+    monkeypatch.setattr("snella_app.runs.prediction_files.print_line", interrupt_once)
+    out = tmp_path / "rows.csv"
+    predict_to_files(str(finished.path), [str(photos / "cats")], watch=True, out=str(out))
+    assert len(out.read_text().splitlines()) == 2  # the header and one row
+    assert len(printed) == 2 and printed[1] == f"1 image: {out}"
 
 
 def test_a_leading_tilde_is_the_home_folder(finished, photos, monkeypatch):
