@@ -56,9 +56,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:
-        rows = read_rows(ROWS)
-        put_between(PAGE, "<!-- budgets by task begin -->", "<!-- budgets by task end -->", budget_table(rows))
-        put_between(PAGE, "<!-- overlap by block begin -->", "<!-- overlap by block end -->", overlap_table(rows))
+        put_between(PAGE, "<!-- budgets by task begin -->", "<!-- budgets by task end -->", table(read_rows(ROWS)))
         return
     if args.folders_root is None or args.runs is None:
         parser.error("--folders-root and --runs are required")
@@ -122,6 +120,11 @@ def pairs(tasks: Sequence[str], seed: int, other_seed: int) -> Iterable[tuple[st
         yield "task", (task, seed), (next_task, seed)
         yield "seed", (task, seed), (task, other_seed)
         yield "task and seed", (task, seed), (next_task, other_seed)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the table of the `budget` rows and the table of the `overlap` rows."""
+    return f"{budget_table(rows)}\n\n{overlap_table(rows)}"
 
 
 def budget_table(rows: list[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ from statistics import fmean, stdev
 import pytest
 
 from snella_app.text import points_text, signed_text
+from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.statistics import FinalRuns, difference_of
 from snella_lab.comparison.summary import difference_text
 from snella_lab.recipes.demo import DEMO_METHODS
@@ -236,6 +237,23 @@ def test_text_on_the_twin_of_table_ix_matches_the_measured_rows():
     gains = [runs.difference(f"snella-8{s}", f"within-layers{s}", SUITE, METRIC) for s in ("", "-scaling-1")]
     sentence = "the intervals exclude an improvement of more than {:.1f} points"
     assert_states(COMPARISONS, sentence, 100 * max(gain.high for gain in gains))
+
+
+def test_text_on_the_twin_of_table_xii_matches_the_measured_rows():
+    from twin_tables import COMMITTED, read_cells
+
+    runs = FinalRuns(read_cells(COMMITTED))
+    ten, one = (runs.difference(f"snella-8{s}", f"constant{s}", SUITE, METRIC) for s in ("", "-scaling-1"))
+    sentence = "is {:.1f} points above the constant one with a scaling of 10 and {:.1f} points below it with a scaling of 1"
+    assert_states(COMPARISONS, sentence, 100 * ten.mean, -100 * one.mean)
+    assert_states(COMPARISONS, "exclude an advantage of more than {:.1f} points", 100 * max(ten.high, one.high))
+    expected = " ".join(read_experiment("twin-table12").expected.split())
+    for result, scaling in ((ten, 10), (one, 1)):
+        interval = f"{100 * result.mean:.1f} points [{100 * result.low:.1f}, {100 * result.high:.1f}]"
+        assert f"{interval} with a scaling of {scaling}" in expected
+    cubic, constant = (read_experiment("table12").published["values"][name] for name in ("cubic", "constant"))
+    (advantage,) = (cubic[mean] - constant[mean] for mean in cubic)
+    assert_states(COMPARISONS, "In the paper, the advantage is {:.1f} points", advantage)
 
 
 def test_results_of_the_demonstration_match_its_rows():

@@ -167,6 +167,12 @@ def test_claims_match_the_suite_and_the_twins(suite):
     for higher, lower in (("within-layers", "klora-8"), ("snella-8", "within-layers")):
         result = results[f"{higher}-scaling-1 above {lower}-scaling-1"]
         assert f"{100 * result.mean:+.1f} ({_interval(result)})" in paper, higher
+    schedules = paper_orderings(read_experiment("twin-table12"), read_cells(COMMITTED))
+    results = {result.claim: result.difference for result in schedules}
+    assert all(difference.adjusted_p > 0.9 for difference in results.values())
+    cubic, quadratic = (results[f"snella-8-scaling-1 above {name}-scaling-1"] for name in ("constant", "quadratic"))
+    texts = [f"{100 * result.mean:.1f} ({_interval(result)})" for result in (cubic, quadratic)]
+    assert f"twin, scaling 1: cubic minus constant {texts[0]}, minus quadratic {texts[1]}" in paper
 
 
 def _interval(result):
