@@ -237,8 +237,20 @@ def test_claims_about_time_and_gradients_match_the_measured_rows():
 
 
 def test_fits_of_random_matrices_match_the_measured_rows():
-    for cells, row in zip(table(PAPER, "| kernel | rank 4"), rows("fit_matrix"), strict=True):
+    fits = {preset: {} for preset in ("quick", "paper")}
+    for row in rows("fit_matrix"):
+        fits["paper" if row["command"].endswith(" --preset paper") else "quick"][row["kernel"]] = row
+    for cells, row in zip(table(PAPER, "| kernel | rank 4"), fits["paper"].values(), strict=True):
         smallest = row["smallest_eigenvalue"]
         digits = ".0e" if abs(smallest) < 1e-6 else ".2f" if abs(smallest) < 1 else ".1f"
         errors = [f"{error:.4f}" for error in row["mse_by_rank"].values()]
         assert cells == [*errors, f"{smallest:{digits}}".replace("-", "−", 1)], row["kernel"]
+    errors = {preset: {name: fit["mse_by_rank"] for name, fit in kernels.items()} for preset, kernels in fits.items()}
+    for kernels in errors.values():
+        assert all(min(kernels, key=lambda name: kernels[name][rank]) == "mix_k" for rank in ("16", "32", "48"))
+        assert all(error > kernels["p_linear"][rank] for rank, error in kernels["rbf"].items())
+    largest = max(errors["quick"]["mix_k"][rank] - error for rank, error in errors["paper"]["mix_k"].items())
+    assert_states(PAPER, "The error of Mix-K is up to {:.3f} larger", largest)
+    first, last = ([fits["paper"][name][f"{step}_gradient"] for name in ("rbf", "mix_k")] for step in ("first", "last"))
+    assert_states(PAPER, "Its norm at the first step is {:.4f}, compared with {:.4f} for Mix-K", *first)
+    assert_states(PAPER, "at the last step, the norms are {:.4f} and {:.4f}", *last)
