@@ -66,8 +66,8 @@ def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collectio
         ValueError: If the splits or images differ. The message suggests remedies.
     """
     if data.digest != splits_digest(splits):
-        stored_sizes = _sizes_text(data.sizes)
-        current_sizes = _sizes_text(split_sizes(splits))
+        stored_sizes = sizes_text(data.sizes)
+        current_sizes = sizes_text(split_sizes(splits))
         has_same_sizes = stored_sizes == current_sizes
         found = "the same numbers of images, but different names or labels" if has_same_sizes else current_sizes
         raise ValueError(
@@ -116,7 +116,7 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
     )
 
 
-def _sizes_text(sizes: Mapping[str, int]) -> str:
+def sizes_text(sizes: Mapping[str, int]) -> str:
     """Format the sizes of splits as `train 100, val 20, test 0`."""
     return ", ".join(f"{name} {count}" for name, count in sizes.items())
 

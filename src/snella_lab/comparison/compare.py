@@ -30,8 +30,10 @@ from snella_app.data.protocol import PROTOCOLS
 from snella_app.device import choose_device
 from snella_app.files import write_text
 from snella_app.methods.defaults import CHOICE_METHODS
+from snella_app.records.record import read_if_present
+from snella_app.records.run import RunInfo
 from snella_app.runs import RunFolder
-from snella_app.runs.images import load_splits
+from snella_app.runs.images import SPLITS, changed_splits, load_splits, sizes_text, split_sizes, splits_digest
 from snella_app.tasks import create_task
 from snella_app.training.distributed import require_single_process
 from snella_app.training.session import TrainingInterrupted, lock_run
@@ -50,13 +52,21 @@ from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
 from snella_lab.comparison.progress import ComparisonProgress
 from snella_lab.comparison.report import MARKDOWN_FILE, markdown_tables, print_paper, write_page
-from snella_lab.comparison.rows import CellRow
+from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.run_cell import Outcome, probe_images, record_crash
 from snella_lab.comparison.search import Candidate
 from snella_lab.comparison.slurm import write_slurm_scripts
-from snella_lab.comparison.statistics import Rows, Spread, mean_of_measured
+from snella_lab.comparison.statistics import Spread, mean_of_measured
 from snella_lab.comparison.store import LOCKS, cell_lock, collect, drop_failed, is_locked, read_part, read_row
-from snella_lab.comparison.summary import FRACTIONS, cost_texts, print_summary, recommend, spread_text, summarize
+from snella_lab.comparison.summary import (
+    FRACTIONS,
+    Summary,
+    cost_texts,
+    print_summary,
+    recommend,
+    spread_text,
+    summarize,
+)
 
 
 class CellsFailedError(RuntimeError):
@@ -97,8 +107,8 @@ def compare(
         ConnectionError: If `ray` is set and the cluster at `RAY_ADDRESS` is unreachable.
         NotImplementedError: If `torchrun` or `accelerate` started several processes.
         TimeoutError: If `retry_failed` is set and another process is writing the results file.
-        ValueError: If the data, the device, or the backbone is invalid, or settings conflict with each other, with the
-            stored experiment, or with the Ray cluster.
+        ValueError: If the data, the device, or the backbone is invalid, settings conflict with each other, with the
+            stored experiment, or with the Ray cluster, or the data differs from that of the finished runs.
         CellsFailedError: If a final run failed, or a tuning run failed for a reason other than a diverged loss. The
             error is raised after the report is written, and never with `draw_only`, `part`, or `emit`.
         TrainingInterrupted: On Ctrl-C or SIGTERM; finished runs remain stored.
@@ -121,6 +131,7 @@ def compare(
         index, num_parts = part
         planned = units(experiment)[index::num_parts]
         rows = read_part(root, [(data, method) for data, method, _ in planned])
+        _check_unchanged_data(root, experiment, rows.values())
         _train_all(root, Plan(experiment, rows, planned), rows.values(), execution, console)
         return root
     if not execution.draw_only:
@@ -132,8 +143,13 @@ def compare(
     if execution.retry_failed:
         drop_failed(root)
     rows, notes = collect(root)
+    missing = sum(row.status == "success" and not (root / "cells" / row.cell).is_dir() for row in rows.values())
+    if missing:
+        notes.append(f"run folders missing: {missing:,}; their results are still used")
     for note in notes:
         print_line(console, f"note: {note}")
+    if not execution.draw_only:
+        _check_unchanged_data(root, experiment, rows.values())
     if execution.emit is not None:
         script = write_slurm_scripts(root, experiment, execution)
         left = Plan(experiment, rows).left
@@ -142,25 +158,26 @@ def compare(
     if not execution.draw_only:
         _train_all(root, Plan(experiment, rows), rows.values(), execution, console)
         rows, _ = collect(root)
-    page = _write_reports(root, experiment, list(rows.values()), console)
-    failed = [row for row in rows.values() if row.status == "failed" and not row.is_diverged_trial]
+    summary = summarize(experiment, list(rows.values()))
+    page = _write_reports(root, summary, console)
+    failed = [row for row in summary.failed if not row.is_diverged_trial]
     if failed and not execution.draw_only:
         example = min(failed, key=lambda row: (row.purpose != "final", row.cell))
         raise CellsFailedError(
             f"{len(failed)} of {counted(len(rows), 'run')} failed, e.g. {example.cell}: {example.error}; "
-            f"{page} lists all errors; fix the cause and add --retry-failed to train the failed runs again"
+            f"{page} lists all errors; fix the cause and add --retry-failed to train the failed runs again, or remove "
+            f"the method or the data from {root / FILE}"
         )
     return page
 
 
-def _write_reports(root: Path, experiment: Experiment, rows: Rows, console: Console) -> Path:
+def _write_reports(root: Path, summary: Summary, console: Console) -> Path:
     """Write the HTML report and the Markdown tables, print the results, and return the path of the report."""
-    summary = summarize(experiment, rows)
     page = write_page(root, summary)
     write_text(root / MARKDOWN_FILE, markdown_tables(summary))
     print_summary(console, summary)
     print_paper(console, summary)
-    warning = PROTOCOLS[experiment.settings.get("protocol", "standard")].warning
+    warning = PROTOCOLS[summary.experiment.settings.get("protocol", "standard")].warning
     if warning:
         print_line(console, f"official protocol: {warning}")
     print_line(console, f"rows: {root / 'results.jsonl'}, report: {page}")
@@ -230,6 +247,37 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
             console,
             "note: classes are imbalanced, and methods are compared by accuracy; consider --monitor balanced_accuracy",
         )
+
+
+def _check_unchanged_data(root: Path, experiment: Experiment, rows: Iterable[CellRow]) -> None:
+    """Check that the images and labels of each data entry are those of its finished runs.
+
+    Only one run of each data entry is checked.
+
+    Raises:
+        ValueError: If images or labels differ.
+    """
+    finished: dict[str, tuple[CellRow, CellResults]] = {}
+    for row in rows:
+        if row.results is not None:
+            finished.setdefault(row.task_name, (row, row.results))
+    errors = []
+    for data in experiment.data:
+        if data.name not in finished:
+            continue
+        row, results = finished[data.name]
+        cell = Cell(data, LINEAR_PROBE, row.seed, Candidate(), is_final=row.purpose == "final")
+        config = cell.config(experiment, "-")
+        splits = load_splits(config.data, config.run.seed)
+        info = read_if_present(RunInfo, root / "cells" / row.cell)
+        expected = f"data {data.data!r} must contain the images and labels of the finished runs, e.g. {row.cell}"
+        if results.split != splits_digest(splits):
+            sizes, stored = sizes_text(split_sizes(splits)), sizes_text(results.sizes)
+            errors.append(f"{expected}, got other files or labels ({sizes} instead of {stored})")
+        elif info is not None and (changed := changed_splits(info.data, splits, SPLITS)):
+            errors.append(f"{expected}, got files with other contents ({', '.join(changed)})")
+    if errors:
+        raise ValueError(f"{'; '.join(errors)}; restore the data, or start a new comparison in another folder")
 
 
 def _resolve_experiment(experiment: Experiment | None, root: Path) -> Experiment:

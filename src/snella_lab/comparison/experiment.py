@@ -207,9 +207,12 @@ def plain_entry(entry: MethodEntry | DataEntry) -> dict[str, Any]:
 
 
 def folder_name(label: str) -> str:
-    """Convert a label to a folder name. A name of more than `_MAX_NAME` characters is cut and ends with a digest."""
+    """Convert a label to a folder name.
+
+    The name ends with a digest if the label has more than `_MAX_NAME` characters or characters outside ASCII.
+    """
     name = re.sub(r"[^A-Za-z0-9._+-]+", "_", label).strip("._") or "_"
-    if len(name) <= _MAX_NAME:
+    if len(name) <= _MAX_NAME and label.isascii():
         return name
     digest = hashlib.sha256(label.encode()).hexdigest()[:16]
     return f"{name[: _MAX_NAME - len(digest) - 1]}-{digest}"

@@ -37,6 +37,7 @@ from snella_lab.comparison.summary import (
     cost_texts,
     difference_text,
     interval_text,
+    mixed_text,
     outcome_text,
     part_text,
     recommendation_text,
@@ -284,6 +285,7 @@ def write_page(root: Path, summary: Summary) -> Path:
         "orderings": [result.texts for result in paper_orderings(experiment, rows)],
         "evaluated_epoch": _TEST_EVALUATION[protocol],
         "warning": PROTOCOLS[protocol].warning,
+        "mixed": [mixed_text(task) for task in summary.mixed_tasks],
         "costs": _costs(summary),
         "pareto": _pareto(summary),
         "rates": _learning_rate_figures(summary),
@@ -341,7 +343,7 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
         cells = []
         for heading in headings:
             value = scores[heading][number]
-            text = spread_text(value, is_fraction)
+            text = spread_text(value, is_fraction, summary.experiment.seeds)
             cells.append({"text": text, "is_best": value is not None and value.mean == best[heading]})
         difference = method.to_reference[metric]
         text = difference_text(difference, len(summary.tasks), is_fraction)

@@ -111,6 +111,11 @@ class FinalRuns:
         """Return a method's scores on one task, by seed."""
         return {row.seed: _value(row, metric) for row in self.rows(method, task)}
 
+    def seeds(self, method: str, tasks: Sequence[str]) -> frozenset[int]:
+        """Return the seeds with a run of a method on every task."""
+        seeds = [frozenset(self._rows.get((method, task), {})) for task in tasks]
+        return frozenset.intersection(*seeds) if seeds else frozenset()
+
     def spread(self, method: str, task: str, metric: str) -> Spread | None:
         """Return the mean and standard deviation over seeds of a method's scores on one task.
 
@@ -126,9 +131,8 @@ class FinalRuns:
         this is the mean over tasks. The mean usually reported for the VTAB benchmark is over groups of several tasks.
         """
         scores = {task: self.scores(method, task, metric) for group in groups for task in group}
-        seeds = set.intersection(*map(set, scores.values())) if scores else set()
         means: list[float] = []
-        for seed in sorted(seeds):
+        for seed in sorted(self.seeds(method, list(scores))):
             group_means = [statistics.fmean(scores[task][seed] for task in group) for group in groups]
             means.append(statistics.fmean(group_means))
         return _spread(means) if means else None

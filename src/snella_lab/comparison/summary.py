@@ -126,13 +126,30 @@ class Summary:
 
     @property
     def means(self) -> dict[str, Spread]:
-        """Mean of the main metric over tasks, by method, for methods with a seed that has a run on every task."""
+        """Mean of the main metric over tasks, by method, for the methods that can be ranked.
+
+        These methods have runs with the same seeds on every task. If the methods differ in their seeds, the ones with
+        the most seeds are ranked, or the first of several such groups.
+        """
+        seeds = {method.name: self.runs.seeds(method.name, self.tasks) for method in self.methods}
+        most = max(seeds.values(), key=len, default=frozenset())
         means: dict[str, Spread] = {}
         for method in self.methods:
             mean = method.over_tasks[self.column]
-            if mean is not None:
+            if mean is not None and seeds[method.name] == most:
                 means[method.name] = mean
         return means
+
+    @cached_property
+    def mixed_tasks(self) -> list[str]:
+        """Tasks on which final runs with the same seed have different splits."""
+        splits: dict[tuple[str, int], set[str | None]] = {}
+        for method in self.methods:
+            for task in self.tasks:
+                for row in self.runs.rows(method.name, task):
+                    splits.setdefault((task, row.seed), set()).add(None if row.results is None else row.results.split)
+        mixed = {task for (task, _), digests in splits.items() if len(digests - {None}) > 1}
+        return [task for task in self.tasks if task in mixed]
 
     def scores(self, metric: str) -> dict[str, list[Spread | None]]:
         """Return the scores of all methods by column: the tasks, then any means over tasks and groups."""
@@ -211,12 +228,16 @@ def score_text(value: float, is_fraction: bool) -> str:
     return percent_text(value) if is_fraction else decimal_text(value, 3)
 
 
-def spread_text(value: Spread | None, is_fraction: bool = True) -> str:
-    """Format a score and its standard deviation: 85.2 ± 0.4 for a fraction, else 0.852 ± 0.004."""
+def spread_text(value: Spread | None, is_fraction: bool = True, seeds: int = 1) -> str:
+    """Format a score and its standard deviation: 85.2 ± 0.4 for a fraction, else 0.852 ± 0.004.
+
+    The text ends with the number of seeds if there are fewer than `seeds`.
+    """
     if value is None:
         return "–"
     mean, deviation = (score_text(part, is_fraction).rstrip("%") for part in (value.mean, value.std))
-    return mean if math.isnan(value.std) else f"{mean} ± {deviation}"
+    part = f" ({value.count} of {seeds} seeds)" if value.count < seeds else ""
+    return f"{mean}{part}" if math.isnan(value.std) else f"{mean} ± {deviation}{part}"
 
 
 def change_text(value: float, is_fraction: bool) -> str:
@@ -261,7 +282,7 @@ def significance_texts(value: Difference | None) -> tuple[str, str]:
 def outcome_text(summary: Summary) -> str:
     """Summarize the outcome: the best mean, its lead over the reference, and other significant differences.
 
-    The text is empty if no method has a mean over all tasks.
+    Only the methods in `Summary.means` are ranked. The text is empty if there are none.
     """
     means = summary.means
     if not means:
@@ -314,7 +335,7 @@ def recommendation_text(summary: Summary) -> str:
     """Recommend the method with the least memory, then time, among all within one standard error of the best.
 
     The standard error is over the seeds of the best method. Memory within 5% of the minimum counts as a tie. The
-    text also lists the methods without a mean over all tasks. It is empty if no method has such a mean.
+    text also lists the methods that are not in `Summary.means`. It is empty if no method is.
     """
     if not summary.means:
         return ""
@@ -455,10 +476,21 @@ def print_summary(console: Console, summary: Summary) -> None:
     print_line(console, outcome_text(summary))
     print_line(console, recommendation_text(summary))
     print_line(console, caption(summary))
+    for task in summary.mixed_tasks:
+        print_line(console, f"warning: {mixed_text(task)}")
     for row in summary.failed:
-        print_line(console, f"FAILED {row.cell}: {row.error}")
-    if summary.failed:
+        reason = "the loss diverged, so this candidate is excluded" if row.is_diverged_trial else row.error
+        print_line(console, f"FAILED {row.cell}: {reason}")
+    if not all(row.is_diverged_trial for row in summary.failed):
         print_line(console, "add --retry-failed to train failed runs again")
+
+
+def mixed_text(task: str) -> str:
+    """Return the warning for a task in `Summary.mixed_tasks`."""
+    return (
+        f"the runs on {task!r} used different images, because its files or labels changed between them; do not compare "
+        "these runs"
+    )
 
 
 def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list[str]]:
@@ -474,7 +506,8 @@ def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list
     is_fraction = metric in FRACTIONS
     lines = [["method", *scores, f"difference from {summary.reference}", "p", "above", *costs]]
     for number, method in enumerate(summary.methods):
-        cells = [spread_text(column[number], is_fraction) for column in scores.values()]
+        seeds = summary.experiment.seeds
+        cells = [spread_text(column[number], is_fraction, seeds) for column in scores.values()]
         cells.append(difference_text(method.to_reference[metric], len(summary.tasks), is_fraction))
         cells += significance_texts(method.to_reference[metric])
         lines.append([method.name, *cells, *(texts[number][key] for key in costs)])

@@ -1,6 +1,7 @@
 """Complete comparisons with tiny models and real images."""
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -290,6 +291,51 @@ def test_retry_failed_keeps_diverged_tuning_runs_that_are_not_repeated(copy, con
     append_row(copy, copy / "cells" / cell, row)
     compare(None, copy, ExecutionConfig(workers=0, retry_failed=True), console=console)
     assert rows_of(copy)[cell]["status"] == "failed" and len(rows_of(copy)) == 6
+
+
+def test_failed_method_can_be_removed_from_the_experiment(tiny, tmp_path, console):
+    experiment = tiny(methods=["linear", "vpt-deep-2"], backbone="test_convnext", grid={"lr_factors": [1.0]})
+    root = tmp_path / "c"
+    with pytest.raises(CellsFailedError, match=r"or remove the method or the data from .*experiment.yaml"):
+        compare(experiment, root, ExecutionConfig(workers=0), console=console)
+    values = {**experiment.as_dict(), "methods": ["linear"]}
+    Experiment.from_dict(values).write(root)
+    compare(None, root, ExecutionConfig(workers=0), console=console)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.rename(path.with_name("renamed.png")), r"got other files or labels \(train 18, val 6"),
+        (lambda path: path.unlink(), r"got other files or labels \(train 17, val 6, test 6 instead of train 18, val 6"),
+        (lambda path: Image.new("RGB", (40, 40), "gray").save(path), r"got files with other contents \(\w+\)"),
+    ],
+    ids=["renamed", "removed", "replaced"],
+)
+def test_changed_data_stops_a_comparison(change, message, tiny, tmp_path, console, monkeypatch):
+    colors = ("red", "green", "blue")
+    for color, number in itertools.product(colors, range(10)):
+        path = tmp_path / "photos" / color / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40 + number, 40), color).save(path)
+    train = {"train_size": None, "val_size": None, "test_size": None, "batch_size": 6}
+    grid = {"lr_factors": [1.0]}
+    experiment = tiny(methods=["linear"], data=[str(tmp_path / "photos")], forgetting=[], train=train, grid=grid)
+    root = tmp_path / "c"
+    compare(experiment, root, ExecutionConfig(workers=0), console=console)
+    change(tmp_path / "photos" / "red" / "3.png")
+    more = replace(experiment, seeds=2)
+    with pytest.raises(ValueError, match=message):
+        compare(more, root, ExecutionConfig(workers=0), console=console)
+    with pytest.raises(ValueError, match="restore the data, or start a new comparison in another folder"):
+        compare(None, root, ExecutionConfig(workers=0, part="0/1"), console=console)
+    compare(None, root, ExecutionConfig(workers=0, draw_only=True), console=console)
+
+
+def test_missing_run_folders_are_noted(copy, console, no_training):
+    shutil.rmtree(copy / "cells/digits/linear/seed-0")
+    compare(None, copy, ExecutionConfig(workers=0), console=console)
+    assert "note: run folders missing: 1; their results are still used" in console.file.getvalue()
 
 
 def test_crashed_tuning_run_of_a_finished_method_is_dropped_but_not_repeated(copy, console, no_training):

@@ -266,3 +266,10 @@ def test_long_labels_have_short_folder_names():
     names = [folder_name(f"csv:{'a' * 300}{end}") for end in "bc"]
     assert all(len(name) == 100 for name in names) and names[0] != names[1]
     assert folder_name(f"csv:{'a' * 90}") == f"csv_{'a' * 90}"
+
+
+def test_labels_outside_ascii_have_distinct_folder_names(tiny):
+    names = [folder_name(label) for label in ("猫", "犬", "fotos/größe", "fotos/grüße")]
+    assert len(set(names)) == 4 and all(name.isascii() for name in names) and names[2].startswith("fotos_gr_e-")
+    assert len(folder_name("猫" * 300)) <= 100
+    assert len(tiny(data=["猫", "犬"]).data) == 2

@@ -16,8 +16,8 @@ def test_table_has_a_line_per_method_and_its_provenance(tiny, make_row):
     text = markdown_tables(summarize(experiment, [*rows, make_row(experiment, "digits", "linear", 0, purpose="trial")]))
     table = [cells_of(line) for line in text.splitlines() if line.startswith("|")]
     assert table[0][:3] == ["method", "digits", "difference from lora-2"]
-    assert table[2][:2] == ["linear", "60.0 ± 14.1"] and table[2][2].startswith("−25.0 [")
-    assert table[3][:3] == ["lora-2", "85.0 ± 7.1", "–"]
+    assert table[2][:2] == ["linear", "60.0 ± 14.1 (2 of 3 seeds)"] and table[2][2].startswith("−25.0 [")
+    assert table[3][:3] == ["lora-2", "85.0 ± 7.1 (2 of 3 seeds)", "–"]
     assert len({len(line) for line in table[:4]}) == 1
     assert text.endswith(f"4 of 6 final runs. `{command}`, a processor, 2026-01-02.\n")
 

@@ -18,10 +18,14 @@ from snella_lab.comparison.statistics import (
 from snella_lab.comparison.summary import (
     cost_texts,
     difference_text,
+    outcome_text,
     p_text,
+    print_summary,
+    recommendation_text,
     significance_texts,
     spread_text,
     summarize,
+    table_cells,
 )
 
 VALUES = {
@@ -187,6 +191,37 @@ def test_rows_of_other_methods_are_ignored(large, make_row):
     experiment, rows = large
     smaller = Experiment.from_dict({**experiment.as_dict(), "methods": ["linear", "lora-8"]})
     assert summarize(smaller, rows).finals == 36
+
+
+def test_methods_are_ranked_only_on_the_same_seeds(tiny, make_row):
+    experiment = tiny(methods=["linear", "lora-2", "bias"], seeds=3)
+    scores = {"linear": [0.9, 0.6, 0.6], "lora-2": [0.9, 0.7, 0.6], "bias": [0.9]}
+    rows = [
+        make_row(experiment, "digits", method, seed, test_accuracy=score)
+        for method, by_seed in scores.items()
+        for seed, score in enumerate(by_seed)
+    ]
+    summary = summarize(experiment, rows)
+    assert list(summary.means) == ["linear", "lora-2"]
+    assert outcome_text(summary).startswith("lora-2 has the highest test accuracy, 73.3%")
+    assert recommendation_text(summary).startswith("Recommended: l")
+    assert recommendation_text(summary).endswith("No complete results yet: bias.")
+    assert table_cells(summary, "test_accuracy", with_costs=False)[3][1] == "90.0 (1 of 3 seeds)"
+    assert list(summarize(experiment, [rows[0], rows[3], rows[6]]).means) == ["linear", "lora-2", "bias"]
+
+
+def test_tasks_with_different_images_are_marked(tiny, make_row, console):
+    experiment = tiny(data=["digits", "elpv"], seeds=2)
+    rows = [
+        make_row(experiment, task, method, seed, split=f"{task}-{seed}-{method if task == 'elpv' else ''}")
+        for task in ("digits", "elpv")
+        for method in ("linear", "lora-2")
+        for seed in (0, 1)
+    ]
+    summary = summarize(experiment, rows)
+    assert summary.mixed_tasks == ["elpv"]
+    print_summary(console, summary)
+    assert "warning: the runs on 'elpv' used different images" in console.file.getvalue()
 
 
 def test_curves_contain_tuning_runs_at_the_default_weight_decay(large, make_row):
