@@ -1,7 +1,12 @@
 """Measured times, bytes and errors in README.md and docs/ match the committed rows."""
 
-from snella_app.text import count_text
+from collections import defaultdict
+from statistics import fmean
+
+from snella_app.report.allocation import linear_trend
+from snella_app.text import count_text, decimal_text
 from snella_lab.bench.rows import is_step_time
+from snella_lab.comparison.statistics import difference_of
 
 from .pages import CHECKS, COSTS, LIBRARY, PAPER, README, SPEED, STEPS, assert_states, rows, span, table
 
@@ -254,3 +259,32 @@ def test_fits_of_random_matrices_match_the_measured_rows():
     first, last = ([fits["paper"][name][f"{step}_gradient"] for name in ("rbf", "mix_k")] for step in ("first", "last"))
     assert_states(PAPER, "Its norm at the first step is {:.4f}, compared with {:.4f} for Mix-K", *first)
     assert_states(PAPER, "at the last step, the norms are {:.4f} and {:.4f}", *last)
+
+
+def test_text_on_budgets_and_updates_by_task_matches_the_measured_rows():
+    slopes, cosines, chance = defaultdict(list), defaultdict(list), []
+    for row in rows("budgets_by_task"):
+        if row["kind"] == "budget":
+            slopes[row["task"]].append(100 * linear_trend(range(12), row["sparsity"])[0])
+        else:
+            cosines[row["differs"]].append(row["cosine"])
+            chance += row["chance"]
+    falling = sum(max(seeds) < 0 for seeds in slopes.values())
+    assert_states(
+        PAPER, "On {} of the {} tasks, the last blocks get larger shares with both seeds", falling, len(slopes)
+    )
+    assert min(slopes["drums"]) < 0 < max(slopes["drums"]) and min(slopes["elpv"]) > 0
+    slope = difference_of(list(slopes.values()))
+    mean, low, high = (decimal_text(value, 1) for value in (slope.mean, slope.low, slope.high))
+    assert_states(PAPER, "sparsity changes by {} points per block (95% interval {} to {}).", mean, low, high)
+    first, second = sorted(slopes["elpv"])
+    assert_states(PAPER, "sparsity increases by {:.1f} and {:.1f} points per block", first, second)
+    means = {differs: fmean(fmean(blocks) for blocks in pairs) for differs, pairs in cosines.items()}
+    sentence = "Their mean cosine is {:.2f}, compared with {:.2f} by chance and {:.2f} for two seeds of the same task."
+    assert_states(PAPER, sentence, means["task"], fmean(chance), means["seed"])
+    assert_states(PAPER, "without common factors, it is {:.2f}.", means["task and seed"])
+    claim = "mean cosine {:.2f}, compared with {:.2f} by chance and {:.2f} for two seeds of a task"
+    assert_states(PAPER, claim, means["task"], fmean(chance), means["seed"])
+    for differs in ("task", "task and seed"):
+        by_block = [fmean(values) for values in zip(*cosines[differs], strict=True)]
+        assert sorted(range(12), key=by_block.__getitem__)[-2:] in ([10, 11], [11, 10])

@@ -69,6 +69,7 @@ def test_generated_tables_match_the_committed_rows(tmp_path):
     [
         ("interval_calibration", "notes/comparisons.md"),
         ("many_devices", "notes/checks.md"),
+        ("budgets_by_task", "notes/paper.md"),
         ("kernel_gradients", "notes/paper.md"),
     ],
 )
