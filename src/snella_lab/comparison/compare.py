@@ -259,7 +259,7 @@ def _check_unchanged_data(root: Path, experiment: Experiment, rows: Iterable[Cel
     """
     finished: dict[str, tuple[CellRow, CellResults]] = {}
     for row in rows:
-        if row.results is not None:
+        if row.results is not None and row.results.split is not None:
             finished.setdefault(row.task_name, (row, row.results))
     errors = []
     for data in experiment.data:
