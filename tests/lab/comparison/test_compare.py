@@ -338,6 +338,12 @@ def test_missing_run_folders_are_noted(copy, console, no_training):
     assert "note: run folders missing: 1; their results are still used" in console.file.getvalue()
 
 
+def test_damaged_run_info_does_not_stop_a_comparison(copy, console, no_training):
+    for path in copy.glob("cells/digits/*/**/run.json"):
+        path.write_text("{")
+    compare(None, copy, ExecutionConfig(workers=0), console=console)
+
+
 def test_crashed_tuning_run_of_a_finished_method_is_dropped_but_not_repeated(copy, console, no_training):
     cell = next(name for name, row in rows_of(copy).items() if "/linear/" in name and row["purpose"] == "trial")
     row = replace(read_row(copy / "cells" / cell), status="failed", error="OSError: disk full", results=None)
