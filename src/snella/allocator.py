@@ -1,8 +1,8 @@
 """Budget allocator: reduces the global budget during training and allocates it among matrices by importance.
 
 The budget of a matrix is the maximum number of nonzero entries of its sparse update, which is computed from two trained
-factors. The global budget is the sum over all adapted matrices. A matrix with budget 0 is frozen, because its factors
-get no gradient.
+factors. The global budget is the sum over all adapted matrices. A matrix with budget 0 is frozen, because the
+gradient of its factors is zero.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ from snella.optimizer import MATCHER_ATTRIBUTE, store_in_state, unwrap
 _STATE_KEY = "snella_allocator"  # in the first parameter group of an optimizer's state
 _FORMAT = 2  # of the allocator's state
 _HISTORY_INTERVALS = 100  # equal parts of training; the history keeps the last entry of each
+_OPTIMIZER_HOOKS = (
+    *("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"),
+    *("_optimizer_state_dict_post_hooks", "_optimizer_load_state_dict_post_hooks"),
+)
 _GRADIENT_CHECK_STEPS = 5  # a zero-initialized head or drop-path can suppress the first gradients
 
 __all__ = ["BudgetAllocator", "allocate"]
@@ -148,7 +152,8 @@ class BudgetAllocator:
         after the closure's first call. With `zero_init_ema=True`, it is updated after the step instead. The budget
         changes after the step. A step that a gradient scaler skips is counted when `optimizer.zero_grad()` clears the
         overflowed gradients. If FSDP shards the factors, call `advance_to` for skipped steps instead. `attach` may be
-        called before or after `optimizer.load_state_dict`.
+        called before or after `optimizer.load_state_dict`. Another allocator of the same adapter is detached from the
+        optimizer.
 
         Args:
             optimizer: Any optimizer, possibly wrapped by Accelerate.
@@ -161,14 +166,16 @@ class BudgetAllocator:
             ValueError: If the optimizer contains none of the adapter's factors, or has loaded an allocator state that
                 does not match (see `load_state_dict`).
             NotImplementedError: If the optimizer is DeepSpeed's, which hides the gradients.
-            TypeError: If the optimizer wraps another one and has no hooks of its own, as timm's `Lookahead`.
+            TypeError: If the optimizer wraps another one and lacks hooks of its own, as timm's `Lookahead`.
         """
         if self._handles:
             raise RuntimeError("the allocator is already attached to an optimizer; call detach() first")
         _reject_deepspeed(optimizer)
         optimizer = unwrap(optimizer)
-        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            raise TypeError(f"{type(optimizer).__name__} has no optimizer hooks; attach to the optimizer that it wraps")
+        if not all(hasattr(optimizer, hooks) for hooks in _OPTIMIZER_HOOKS):
+            raise TypeError(
+                f"{type(optimizer).__name__} lacks hooks of torch's optimizers; attach to the optimizer that it wraps"
+            )
         if not self._is_optimized_by(optimizer):
             raise ValueError(
                 f"{type(optimizer).__name__} has none of the factors of adapter {self.adapter_name!r}; create the "
@@ -183,6 +190,10 @@ class BudgetAllocator:
             )
         # the default adapter's key has no suffix, so that optimizer states of earlier versions still load
         key = _STATE_KEY if self.adapter_name == "default" else f"{_STATE_KEY}_{self.adapter_name}"
+        for hook in list(optimizer._optimizer_step_pre_hooks.values()):
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, BudgetAllocator) and other._layers_of_adapter == self._layers_of_adapter:
+                other.detach()
         self._handles = [
             *store_in_state(optimizer, key, self._packed_state, self._load_packed_state),
             optimizer.register_step_pre_hook(self._before_step),
@@ -201,10 +212,17 @@ class BudgetAllocator:
             else:
                 watch.allocators.discard(id(self))
 
+    @property
+    def _layers_of_adapter(self) -> tuple[str, frozenset[int]]:
+        """Name of the adapter and ids of its layers."""
+        return self.adapter_name, frozenset(id(matrix.layer) for matrix in self.matrices)
+
     def _is_optimized_by(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer updates any of the adapter's factors."""
         optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return any(id(matrix.layer.snella_A[self.adapter_name]) in optimized for matrix in self.matrices)
+        layers = [matrix.layer for matrix in self.matrices]
+        factors = (values[self.adapter_name] for layer in layers for values in (layer.snella_A, layer.snella_B))
+        return any(id(factor) in optimized for factor in factors)
 
     def detach(self) -> None:
         """Remove the hooks from the optimizer."""
@@ -334,6 +352,11 @@ class BudgetAllocator:
         if not any(layer.snella_A[name].requires_grad for layer in layers):
             return "the factors are frozen; load the adapter with is_trainable=True"
         if len(matrices) == len(self.matrices) and len(matrices) > 1:
+            if all(layer.snella_A[name].grad is None for layer in layers):
+                return (
+                    "their gradients are None: the loss does not depend on them, they are cleared before the step, or "
+                    "reentrant gradient checkpointing drops them (set use_reentrant=False)"
+                )
             return "the initial update may saturate the model; lower scaling"
         return "the loss does not depend on these layers; exclude them with exclude_modules"
 

@@ -15,7 +15,8 @@ longer matches its seal, so the layer restores the live budgets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -165,6 +166,20 @@ def seal_all_budgets(layer: SnellaLayer, *_: Any) -> None:
     """Seal the loaded budgets; registered as a hook of `load_state_dict`."""
     for name in layer.snella_budget:
         seal_budgets(layer, name)
+
+
+def warn_about_missing_budgets(layer: SnellaLayer, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Warn about factors without their budgets; registered as a hook that runs before `load_state_dict`."""
+    for name, config in layer.snella_config.items():
+        is_sparse = config.target_sparsity > 0 or config.init_sparsity > 0
+        has_factors = any(key.startswith(f"{prefix}snella_A.{name}") for key in state_dict)
+        if is_sparse and has_factors and f"{prefix}snella_budget.{name}" not in state_dict:
+            warnings.warn(
+                f"the state dict contains the factors of adapter {name!r} but not their budgets (snella_budget), so "
+                "the updates keep the budgets that the model has now; save all entries whose names contain 'snella_', "
+                "or use save_pretrained",
+                stacklevel=2,
+            )
 
 
 def restore_budgets(layer: SnellaLayer, *_: Any, only_changed: bool = False) -> None:

@@ -32,6 +32,7 @@ from snella.budgets import (
     restore_budgets,
     seal_all_budgets,
     seal_budgets,
+    warn_about_missing_budgets,
     write_budgets,
 )
 from snella.cache import AdapterState, LayerCache
@@ -196,6 +197,7 @@ class SnellaLayer(nn.Module, BaseTunerLayer):
         self._budgets = Budgets()
         link_budgets(self)
         self.register_state_dict_pre_hook(restore_budgets)
+        self.register_load_state_dict_pre_hook(warn_about_missing_budgets)
         self.register_load_state_dict_post_hook(seal_all_budgets)
         self._unmerged_weight: Tensor | None = None
         self._unmerged_quantized: tuple[LazyWeight, Any] | None = None

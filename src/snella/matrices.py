@@ -61,7 +61,7 @@ class AdaptedMatrix:
 
     @property
     def is_frozen(self) -> bool:
-        """True if the budget is 0, so that the factors get no gradient."""
+        """True if the budget is 0, so that the gradient of the factors is zero."""
         return self.budget == 0
 
     @property

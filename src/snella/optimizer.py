@@ -64,10 +64,15 @@ def create_snella_optimizer(
         An optimizer with the nonempty groups among `factors`, `scalars`, `head`, and `head_no_decay`.
 
     Raises:
-        ValueError: If the model has no trainable parameter, or if `match_update` finds no trainable factors or does not
-            support the kernel.
+        ValueError: If a rate is negative or NaN, the model has no trainable parameter, or `match_update` finds no
+            trainable factors or does not support the kernel.
         NotImplementedError: If `match_update` finds factors sharded by FSDP.
     """
+    rates = {"lr": lr, "scalar_lr": scalar_lr, "head_lr": head_lr}
+    rates |= {"weight_decay": weight_decay, "head_weight_decay": head_weight_decay}
+    for name, rate in rates.items():
+        if rate is not None and not rate >= 0:  # NaN as well
+            raise ValueError(f"{name} must be at least 0, got {rate}")
     factors: list[nn.Parameter] = []
     scalars: list[nn.Parameter] = []
     for module in model.modules():

@@ -35,7 +35,7 @@ _PREDICTOR_NAMES = {
 }
 # names of patch embedding and merging modules, at any depth
 _PATCH_NAMES = {"patch_embed", "patch_embedding", "patch_embeddings", "downsample", "patch_merging", "x_embedder"}
-_PATCH_CLASSES = ("PatchEmbed", "PatchMerging")  # substrings of class names
+_PATCH_CLASSES = ("PatchEmbed", "PatchMerging", "NaFlexEmbeds")  # substrings of class names
 _MATCH_TIMEOUT_S = 5.0  # for all module names of a model; a typical expression takes a few milliseconds
 _FUSED_NAMES = {"qkv", "Wqkv", "to_qkv", "qkv_proj", "c_attn", "in_proj", "kv"}
 _OUTPUT_EMBEDDINGS = {"lm_head", "proj_out"}  # pre-trained with the model

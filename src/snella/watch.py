@@ -199,7 +199,11 @@ def _budget_and_target(layers: Sequence[SnellaLayer], adapter_name: str) -> tupl
 
 def _warn_about_unused(layers: Sequence[SnellaLayer]) -> None:
     """Warn about layers that the model did not use before the first optimizer step."""
-    if unused_names := [layer.module_name for layer in layers if not layer.is_applied]:
+    if layers and all(layer.merged_adapters for layer in layers):
+        warnings.warn(
+            "the adapter is merged, so it is not trained; call unmerge_adapter() before training", stacklevel=2
+        )
+    elif unused_names := [layer.module_name for layer in layers if not layer.is_applied]:
         warnings.warn(
             f"{len(unused_names)} of {len(layers)} adapted modules were not used before the first optimizer step: "
             f"{listed(map(repr, unused_names), 8)}; the model neither called them nor read their weights, so "

@@ -707,8 +707,43 @@ def test_optimizer_without_hooks_raises(mlp):
             self.param_groups, self.state = inner.param_groups, inner.state
 
     model = mlp.adapted()
-    with pytest.raises(TypeError, match="Lookahead has no optimizer hooks; attach to the optimizer that it wraps"):
-        make_allocator(model).attach(Lookahead(make_optimizer(model)))
+    optimizer = make_optimizer(model)
+    wrapper, partial_wrapper = Lookahead(optimizer), Lookahead(optimizer)
+    partial_wrapper._optimizer_step_pre_hooks = partial_wrapper._optimizer_step_post_hooks = {}  # as in timm
+    for lookahead in (wrapper, partial_wrapper):
+        with pytest.raises(TypeError, match="Lookahead lacks hooks of torch's optimizers; attach to the"):
+            make_allocator(model).attach(lookahead)
+
+
+def test_attaching_detaches_an_earlier_allocator_of_the_adapter(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    first = make_allocator(model).attach(optimizer)
+    second = make_allocator(model, steps_per_epoch=1).attach(optimizer)
+    train(mlp, model, optimizer, last=2)
+    assert (first.step, second.step) == (0, 2)
+    assert sum(second.budgets.values()) == second.history[-1]["budget"] < first.history[-1]["budget"]
+    first.attach(make_optimizer(model))  # another optimizer
+    assert len(second._handles) > 0
+
+
+@pytest.mark.parametrize("factor", ["snella_A", "snella_B"])
+def test_allocator_attaches_to_an_optimizer_of_one_factor(mlp, factor):
+    model = mlp.adapted()
+    optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if factor in name], lr=0.1)
+    make_allocator(model).attach(optimizer)
+
+
+def test_gradients_of_none_suggest_checkpointing_without_reentry(mlp):
+    model = mlp.adapted()
+    optimizer = make_optimizer(model)
+    make_allocator(model).attach(optimizer)
+    model.base_model.model.lin1.register_forward_hook(
+        lambda module, args, output: output.detach() + torch.zeros((), requires_grad=True)
+    )
+    model.train()
+    with pytest.warns(UserWarning, match=r"2 of 2 adapted .* their gradients are None: .*use_reentrant=False"):
+        train(mlp, model, optimizer)
 
 
 def test_two_step_training_lists_matrices_without_gradient(mlp):

@@ -25,6 +25,13 @@ def parameter_names(model, group):
     return {name for name, parameter in model.named_parameters() if id(parameter) in group_ids}
 
 
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+@pytest.mark.parametrize("name", ["lr", "scalar_lr", "head_lr", "weight_decay", "head_weight_decay"])
+def test_negative_rates_raise(mlp, name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be at least 0, got {value}$"):
+        create_snella_optimizer(mlp.adapted(), **{"lr": 0.1, name: value})
+
+
 def test_parameter_groups_have_their_lr_and_weight_decay(vit):
     model = vit.adapted(modules_to_save=["head", "norm"], learn_temperature=True)
     groups = make_groups(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from snella import BudgetAllocator, SnellaConfig
+from snella.matrices import adapted_matrices
 from snella.watch import is_newly_initialized
 
 
@@ -32,6 +33,29 @@ def test_missing_allocator_warns_once(mlp):
     assert "target_sparsity=0.6 is set, but after 2 optimizer steps no budget allocator is attached" in message
     assert "BudgetAllocator(model, total_epochs=…, steps_per_epoch=…).attach(optimizer)" in message
     assert "callbacks=[SnellaCallback()]" in message
+
+
+def test_training_a_merged_adapter_warns(mlp):
+    model = mlp.adapted()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    model.merge_adapter()
+    BudgetAllocator(model, total_epochs=1, steps_per_epoch=4).attach(optimizer)
+    with pytest.warns(UserWarning, match=r"the adapter is merged, so it is not trained; call unmerge_adapter\(\)"):
+        optimizer.step()
+
+
+def test_state_dict_without_budgets_warns(mlp):
+    model, restored = mlp.adapted(), mlp.adapted()
+    BudgetAllocator(model, total_epochs=1, steps_per_epoch=1).advance_to(1)
+    factors = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with pytest.warns(UserWarning, match=r"factors of adapter 'default' but not their budgets \(snella_budget\)"):
+        restored.load_state_dict(factors, strict=False)
+    complete = {name: value for name, value in model.state_dict().items() if "snella_" in name}
+    restored.load_state_dict(complete, strict=False)
+    restored.load_state_dict({}, strict=False)
+    assert [matrix.budget for matrix in adapted_matrices(restored)] == [m.budget for m in adapted_matrices(model)]
+    dense = mlp.adapted(target_sparsity=0.0)
+    dense.load_state_dict({name: p for name, p in dense.named_parameters() if p.requires_grad}, strict=False)
 
 
 def test_warning_occurs_at_second_step(mlp):
