@@ -49,4 +49,5 @@ def register(library: str | Path) -> None:
     }
     vars(module).update(functions)
     torch._register_device_module(NAME, module)
+    torch.accelerator.empty_cache = lambda: None  # torch's function needs a caching allocator; accelerate calls it
     torch.utils.generate_methods_for_privateuse1_backend()

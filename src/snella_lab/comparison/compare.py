@@ -143,8 +143,9 @@ def compare(
     if execution.retry_failed:
         drop_failed(root)
     rows, notes = collect(root)
-    missing = sum(row.status == "success" and not (root / "cells" / row.cell).is_dir() for row in rows.values())
-    if missing:
+    finished = [row.cell for row in rows.values() if row.status == "success"]
+    missing = sum(not (root / "cells" / cell).is_dir() for cell in finished)
+    if 0 < missing < len(finished):  # rows may also be stored without their run folders
         notes.append(f"run folders missing: {missing:,}; their results are still used")
     for note in notes:
         print_line(console, f"note: {note}")

@@ -420,6 +420,18 @@ def test_watch_predicts_new_files_and_stops_cleanly(stop, finished, photos, tmp_
     assert errors.read_text().count("\n") == 1
 
 
+@pytest.fixture
+def _default_signals():
+    """Restore the default handlers, since SIGINT is ignored in background processes of a shell."""
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_default_signals")
 def test_first_signal_raises_nothing_and_a_second_one_ends_the_block(monkeypatch):
     class Finalized:
         def __del__(self):
@@ -438,6 +450,7 @@ def test_first_signal_raises_nothing_and_a_second_one_ends_the_block(monkeypatch
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+@pytest.mark.usefixtures("_default_signals")
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_watch_stops_after_the_current_image(stop, finished, photos, tmp_path, capsys, monkeypatch):
     def interrupt_once(console, text):

@@ -241,7 +241,7 @@ def test_entries_with_too_long_prompts_are_skipped_and_counted(settings, tmp_pat
 
 
 def test_nonfinite_gradient_ends_the_run_before_the_update(settings, monkeypatch):
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **options: torch.tensor(math.inf))
+    monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", lambda *args, **options: torch.tensor(math.inf))
     with pytest.raises(
         NonFiniteLossError, match=r"the gradient became inf in step 1 of 6; no checkpoint has been written yet"
     ):
