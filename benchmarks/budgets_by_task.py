@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def train(task: str, seed: int, run: Path, root: Path) -> None:
-    """Train SNELLA with the settings of the gallery in docs/plots.md, except for the data and the seed."""
+    """Train SNELLA on a task."""
     info = read_if_present(RunInfo, run)
     if info is not None and info.is_finished:
         return
@@ -146,17 +146,18 @@ def budget_table(rows: list[dict[str, Any]]) -> str:
 
 
 def overlap_table(rows: list[dict[str, Any]]) -> str:
-    """Return the mean cosine similarity and its chance level in each block, by the difference between the runs."""
+    """Return the cosine similarity, its chance level, and the Jaccard index, by the difference between the runs."""
     lines = []
     for differs in PAIRS:
         same = [row for row in rows if row["kind"] == "overlap" and row["differs"] == differs]
         cosines = [fmean(values) for values in zip(*(row["cosine"] for row in same), strict=True)]
         chance = [fmean(values) for values in zip(*(row["chance"] for row in same), strict=True)]
         largest = max(fmean(row["cosine"]) for row in same)
-        cells = [fmean(cosines), min(cosines), max(cosines), largest, fmean(chance)]
+        jaccard = fmean(fmean(row["jaccard"]) for row in same)
+        cells = [fmean(cosines), min(cosines), max(cosines), largest, fmean(chance), jaccard]
         lines.append([differs, *(decimal_text(value, 3) for value in cells)])
     head = ["difference between the runs", "mean cosine", "lowest block", "highest block", "highest pair"]
-    return markdown_table([*head, "by chance"], lines, left=1)
+    return markdown_table([*head, "by chance", "Jaccard index"], lines, left=1)
 
 
 if __name__ == "__main__":
