@@ -66,14 +66,11 @@ def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collectio
         ValueError: If the splits or images differ. The message suggests remedies.
     """
     if data.digest != splits_digest(splits):
-        stored_sizes = sizes_text(data.sizes)
-        current_sizes = sizes_text(split_sizes(splits))
-        has_same_sizes = stored_sizes == current_sizes
-        found = "the same numbers of images, but different names or labels" if has_same_sizes else current_sizes
         raise ValueError(
-            f"data must contain the images of {run}, {stored_sizes} in {data.folder or data.spec}, got {found}: "
-            "files were added, removed or renamed, or labels were changed, and a new split would evaluate on training "
-            "images; restore the files and labels, evaluate on other images with --data, or train a new run"
+            f"data must contain the images of {run}, {sizes_text(data.sizes)} in {data.folder or data.spec}, got "
+            f"{changed_sizes_text(data.sizes, splits)}: files were added, removed or renamed, or labels were changed, "
+            "and a new split would evaluate on training images; restore the files and labels, evaluate on other images "
+            "with --data, or train a new run"
         )
     if changed := changed_splits(data, splits, names):
         raise ValueError(
@@ -114,6 +111,13 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
         f"the data of {run} no longer exists: no {kind} at {locations}; pass its new location with --data {prefix}NEW "
         "to snella evaluate or snella train --resume, or move it back"
     )
+
+
+def changed_sizes_text(stored: Mapping[str, int], splits: DataSplits) -> str:
+    """Format the sizes of changed splits, or describe the change if the sizes equal those of the stored splits."""
+    current = sizes_text(split_sizes(splits))
+    is_equal = current == sizes_text(stored)
+    return "the same numbers of images, but different names or labels" if is_equal else current
 
 
 def sizes_text(sizes: Mapping[str, int]) -> str:

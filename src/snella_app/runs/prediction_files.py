@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def predict_to_files(
         if watch:  # there is no summary at the end
             print_line(error_console, f"skipped {skipped[-1]}")
 
-    def predict_paths(paths: Sequence[Path]) -> Iterator[Any]:
+    def predict_paths(paths: Iterable[Path]) -> Iterator[Any]:
         """Yield the predictions of image files, and remember the files and their features."""
         for prediction in model.iter_predictions(
             paths,
@@ -211,7 +212,7 @@ def parse_unsure(unsure: str | None) -> Any:
 
 
 def _watch_predictions(
-    predict_paths: Callable[[Sequence[Path]], Iterator[Any]],
+    predict_paths: Callable[[Iterable[Path]], Iterator[Any]],
     files: Sequence[Path],
     folders: Sequence[Path],
     out: str | None,
@@ -227,7 +228,7 @@ def _watch_predictions(
     paths = [path for path in files if path.resolve() not in done]
     polls = new_files(folders, done)
     while not signals:
-        for prediction in predict_paths(paths) if paths else ():
+        for prediction in predict_paths(takewhile(lambda _: not signals, paths)):
             done.add(prediction.path.resolve())
             yield prediction
             if signals:
@@ -239,8 +240,8 @@ def _watch_predictions(
 def _collect_signals(signals: list[int]) -> Iterator[None]:
     """Append received signals (SIGINT, SIGTERM) to `signals` while the block runs.
 
-    The block should end after the first one. A second one ends it immediately. The first one raises no exception,
-    because an exception could be lost in a finalizer or leave a file incomplete.
+    The block must check `signals` and end soon after the first signal, which raises no exception, because an exception
+    could be lost in a finalizer or leave a file incomplete. A second signal ends the block immediately.
     """
 
     def collect(number: int, _: Any) -> None:

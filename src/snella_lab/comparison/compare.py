@@ -33,7 +33,14 @@ from snella_app.methods.defaults import CHOICE_METHODS
 from snella_app.records.record import read_if_present
 from snella_app.records.run import RunInfo
 from snella_app.runs import RunFolder
-from snella_app.runs.images import SPLITS, changed_splits, load_splits, sizes_text, split_sizes, splits_digest
+from snella_app.runs.images import (
+    SPLITS,
+    changed_sizes_text,
+    changed_splits,
+    load_splits,
+    sizes_text,
+    splits_digest,
+)
 from snella_app.tasks import create_task
 from snella_app.training.distributed import require_single_process
 from snella_app.training.session import TrainingInterrupted, lock_run
@@ -137,20 +144,23 @@ def compare(
     if not execution.draw_only:
         validate_inputs(experiment, console, checks_device=execution.emit is None)
     root.mkdir(parents=True, exist_ok=True)
+    rows, notes = collect(root)
+    if not execution.draw_only:
+        _check_unchanged_data(root, experiment, rows.values())
     experiment = _store(root, experiment)
     if requested is not None:
         _print_additional_entries(requested, experiment, console)
     if execution.retry_failed:
         drop_failed(root)
-    rows, notes = collect(root)
-    finished = [row.cell for row in rows.values() if row.status == "success"]
+        rows, _ = collect(root)
+    names = {method.name for method in experiment.methods}
+    finished = [row.cell for row in rows.values() if row.status == "success" and row.experiment_name in names]
     missing = sum(not (root / "cells" / cell).is_dir() for cell in finished)
     if 0 < missing < len(finished):  # rows may also be stored without their run folders
-        notes.append(f"run folders missing: {missing:,}; their results are still used")
+        verb = "is" if missing == 1 else "are"
+        notes.append(f"{counted(missing, 'run folder')} {verb} missing; the results are still used")
     for note in notes:
         print_line(console, f"note: {note}")
-    if not execution.draw_only:
-        _check_unchanged_data(root, experiment, rows.values())
     if execution.emit is not None:
         script = write_slurm_scripts(root, experiment, execution)
         left = Plan(experiment, rows).left
@@ -165,7 +175,7 @@ def compare(
     if failed and not execution.draw_only:
         example = min(failed, key=lambda row: (row.purpose != "final", row.cell))
         raise CellsFailedError(
-            f"{len(failed)} of {counted(len(rows), 'run')} failed, e.g. {example.cell}: {example.error}; "
+            f"{counted(len(failed), 'run')} failed, e.g. {example.cell}: {example.error}; "
             f"{page} lists all errors; fix the cause and add --retry-failed to train the failed runs again, or remove "
             f"the method or the data from {root / FILE}"
         )
@@ -253,13 +263,13 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
 def _check_unchanged_data(root: Path, experiment: Experiment, rows: Iterable[CellRow]) -> None:
     """Check that the images and labels of each data entry are those of its finished runs.
 
-    Only one run of each data entry is checked.
+    Only one run of each data entry is checked, preferably a final run whose folder exists.
 
     Raises:
         ValueError: If images or labels differ.
     """
     finished: dict[str, tuple[CellRow, CellResults]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (not (root / "cells" / row.cell).is_dir(), row.purpose != "final")):
         if row.results is not None and row.results.split is not None:
             finished.setdefault(row.task_name, (row, row.results))
     errors = []
@@ -274,12 +284,12 @@ def _check_unchanged_data(root: Path, experiment: Experiment, rows: Iterable[Cel
             info = read_if_present(RunInfo, root / "cells" / row.cell)
         except ValueError:  # the row suffices if the file is damaged
             info = None
-        expected = f"data {data.data!r} must contain the images and labels of the finished runs, e.g. {row.cell}"
+        expected = f"data {data.data!r} must be unchanged since the finished runs, e.g. {row.cell}"
         if results.split != splits_digest(splits):
-            sizes, stored = sizes_text(split_sizes(splits)), sizes_text(results.sizes)
-            errors.append(f"{expected}, got other files or labels ({sizes} instead of {stored})")
+            found = changed_sizes_text(results.sizes, splits)
+            errors.append(f"{expected} ({sizes_text(results.sizes)}), got {found}")
         elif info is not None and (changed := changed_splits(info.data, splits, SPLITS)):
-            errors.append(f"{expected}, got files with other contents ({', '.join(changed)})")
+            errors.append(f"{expected}, got files with the same names but different contents ({', '.join(changed)})")
     if errors:
         raise ValueError(f"{'; '.join(errors)}; restore the data, or start a new comparison in another folder")
 

@@ -31,11 +31,13 @@ from snella_lab.comparison.statistics import (
 )
 from snella_lab.comparison.summary import (
     FRACTIONS,
+    NO_RESULTS,
     MethodSummary,
     Summary,
     caption,
     cost_texts,
     difference_text,
+    failure_text,
     interval_text,
     mixed_text,
     outcome_text,
@@ -189,8 +191,16 @@ MARKDOWN_FILE = "comparison.md"
 
 def markdown_tables(summary: Summary) -> str:
     """Format the results as Markdown: tables, recommendation, caption, provenance, tested orderings, and failures."""
-    if not summary.finals:
-        return "No final run is finished yet.\n"
+    paragraphs = _markdown_results(summary) if summary.finals else [f"{NO_RESULTS.capitalize()}."]
+    paragraphs += [f"**Warning:** {mixed_text(task)}." for task in summary.mixed_tasks]
+    if summary.failed:
+        failures = [f"`{row.cell}`, {failure_text(row)}" for row in summary.failed]
+        paragraphs.append(f"Failed: {'; '.join(failures)}")
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _markdown_results(summary: Summary) -> list[str]:
+    """Return the paragraphs of `markdown_tables` that describe finished runs."""
     paragraphs = []
     for metric, title in summary.metrics.items():
         headings, *lines = table_cells(summary, metric, with_costs=metric == summary.column)
@@ -210,10 +220,7 @@ def markdown_tables(summary: Summary) -> str:
     warning = PROTOCOLS[summary.experiment.settings.get("protocol", "standard")].warning
     if warning:
         paragraphs.append(f"Official protocol: {warning}")
-    if summary.failed:
-        failures = [f"`{row.cell}`, {row.error}" for row in summary.failed]
-        paragraphs.append(f"Failed: {'; '.join(failures)}")
-    return "\n\n".join(paragraphs) + "\n"
+    return paragraphs
 
 
 def _markdown_line(cells: list[str]) -> str:
@@ -285,6 +292,7 @@ def write_page(root: Path, summary: Summary) -> Path:
         "orderings": [result.texts for result in paper_orderings(experiment, rows)],
         "evaluated_epoch": _TEST_EVALUATION[protocol],
         "warning": PROTOCOLS[protocol].warning,
+        "failure_text": failure_text,
         "mixed": [mixed_text(task) for task in summary.mixed_tasks],
         "costs": _costs(summary),
         "pareto": _pareto(summary),
@@ -329,14 +337,15 @@ def _headline(summary: Summary) -> dict[str, Any] | None:
 
 
 def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
-    """Return the headings and lines of the table of one metric, and mark the best value of each column."""
+    """Return the headings and lines of the table of one metric, and mark the best ranked method of each column."""
     scores = summary.scores(metric)
     headings = [*(heading for heading in scores if heading not in summary.tasks), *summary.tasks]
     num_means = max(len(headings) - len(summary.tasks), 1)  # a single task takes the place of the means
     best: dict[str, float | None] = {}
     for heading in headings:
-        column = [value.mean for value in scores[heading] if value is not None]
-        best[heading] = max(column, default=None)
+        column = zip(summary.methods, scores[heading], strict=True)
+        ranked = [value.mean for method, value in column if value is not None and method.name in summary.means]
+        best[heading] = max(ranked, default=None)
     lines = []
     is_fraction = metric in FRACTIONS
     for number, method in enumerate(summary.methods):
@@ -344,7 +353,8 @@ def _table(summary: Summary, metric: str, title: str) -> dict[str, Any]:
         for heading in headings:
             value = scores[heading][number]
             text = spread_text(value, is_fraction, summary.experiment.seeds)
-            cells.append({"text": text, "is_best": value is not None and value.mean == best[heading]})
+            is_best = value is not None and method.name in summary.means and value.mean == best[heading]
+            cells.append({"text": text, "is_best": is_best})
         difference = method.to_reference[metric]
         text = difference_text(difference, len(summary.tasks), is_fraction)
         tests = significance_texts(difference)

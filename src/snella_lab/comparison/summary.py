@@ -33,6 +33,7 @@ COSTS = (
 """Row columns with the costs of a run."""
 FRACTIONS = {f"test_{metric}" for measures in MEASURES.values() for metric in measures} - {"test_kappa", "test_r2"}
 """Row columns formatted as percentages. Kappa and R² are formatted as decimals, because they can be negative."""
+NO_RESULTS = "no final run is finished yet"
 
 
 @dataclass(frozen=True)
@@ -124,21 +125,22 @@ class Summary:
         """True if there are several groups and at least one has several tasks."""
         return 1 < len(self.groups) < len(self.tasks)
 
-    @property
+    @cached_property
     def means(self) -> dict[str, Spread]:
         """Mean of the main metric over tasks, by method, for the methods that can be ranked.
 
-        These methods have runs with the same seeds on every task. If the methods differ in their seeds, the ones with
-        the most seeds are ranked, or the first of several such groups.
+        These methods have runs with the same seeds on every task. If the methods differ in their seeds, the group with
+        the most runs is ranked. A method is not ranked alone if others have results.
         """
-        seeds = {method.name: self.runs.seeds(method.name, self.tasks) for method in self.methods}
-        most = max(seeds.values(), key=len, default=frozenset())
-        means: dict[str, Spread] = {}
+        groups: dict[frozenset[int], dict[str, Spread]] = {}
         for method in self.methods:
             mean = method.over_tasks[self.column]
-            if mean is not None and seeds[method.name] == most:
-                means[method.name] = mean
-        return means
+            if mean is not None:
+                groups.setdefault(self.runs.seeds(method.name, self.tasks), {})[method.name] = mean
+        if not groups:
+            return {}
+        seeds = max(groups, key=lambda seeds: len(seeds) * len(groups[seeds]))
+        return groups[seeds] if len(groups) == 1 or len(groups[seeds]) > 1 else {}
 
     @cached_property
     def mixed_tasks(self) -> list[str]:
@@ -466,21 +468,19 @@ def interval_text(summary: Summary) -> str:
 
 
 def print_summary(console: Console, summary: Summary) -> None:
-    """Print the result tables, the outcome, and the recommendation."""
-    if not summary.finals:
-        print_line(console, "no final run is finished yet")
-        return
-    for metric, title in summary.metrics.items():
-        headings, *lines = table_cells(summary, metric, with_costs=metric == summary.column)
-        console.print(make_table(headings, lines, title=f"test {title}"))
-    print_line(console, outcome_text(summary))
-    print_line(console, recommendation_text(summary))
-    print_line(console, caption(summary))
+    """Print the result tables, the outcome, the recommendation, and the failed runs."""
+    if summary.finals:
+        for metric, title in summary.metrics.items():
+            headings, *lines = table_cells(summary, metric, with_costs=metric == summary.column)
+            console.print(make_table(headings, lines, title=f"test {title}"))
+        for text in filter(None, (outcome_text(summary), recommendation_text(summary), caption(summary))):
+            print_line(console, text)
+    else:
+        print_line(console, NO_RESULTS)
     for task in summary.mixed_tasks:
         print_line(console, f"warning: {mixed_text(task)}")
     for row in summary.failed:
-        reason = "the loss diverged, so this candidate is excluded" if row.is_diverged_trial else row.error
-        print_line(console, f"FAILED {row.cell}: {reason}")
+        print_line(console, f"FAILED {row.cell}: {failure_text(row)}")
     if not all(row.is_diverged_trial for row in summary.failed):
         print_line(console, "add --retry-failed to train failed runs again")
 
@@ -488,9 +488,14 @@ def print_summary(console: Console, summary: Summary) -> None:
 def mixed_text(task: str) -> str:
     """Return the warning for a task in `Summary.mixed_tasks`."""
     return (
-        f"the runs on {task!r} used different images, because its files or labels changed between them; do not compare "
-        "these runs"
+        f"the runs on {task!r} used different images because files or labels changed between the runs; their scores "
+        "are not comparable"
     )
+
+
+def failure_text(row: CellRow) -> str:
+    """Return the error of a failed run. A diverged tuning run is only an excluded candidate."""
+    return "the loss diverged, so this candidate is excluded" if row.is_diverged_trial else str(row.error)
 
 
 def table_cells(summary: Summary, metric: str, *, with_costs: bool) -> list[list[str]]:

@@ -466,6 +466,22 @@ def test_watch_stops_after_the_current_image(stop, finished, photos, tmp_path, c
     assert len(printed) == 2 and printed[1] == f"1 image: {out}"
 
 
+@pytest.mark.usefixtures("_default_signals")
+def test_watch_stops_after_an_unreadable_image(finished, photos, tmp_path, monkeypatch):
+    def interrupt(console, text):
+        if text.startswith("skipped"):
+            signal.raise_signal(signal.SIGINT)
+        printed.append(text)
+
+    printed = []
+    monkeypatch.setattr("snella_app.runs.prediction_files.print_line", interrupt)
+    inbox, out = tmp_path / "inbox", tmp_path / "rows.csv"
+    shutil.copytree(photos / "cats", inbox)
+    (inbox / "000.png").write_bytes(b"no image")
+    predict_to_files(str(finished.path), [str(inbox)], watch=True, out=str(out), batch_size=1)
+    assert [text.split()[0] for text in printed] == ["skipped", "0"] and not out.exists()
+
+
 def test_a_leading_tilde_is_the_home_folder(finished, photos, monkeypatch):
     monkeypatch.setenv("HOME", str(photos))
     paths = sorted((photos / "cats").iterdir())

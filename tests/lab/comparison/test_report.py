@@ -124,6 +124,15 @@ def test_best_value_of_each_column_is_marked(page):
     assert line.count("n best") == 8
 
 
+def test_only_ranked_methods_are_marked_as_best(tiny, make_row, tmp_path):
+    experiment = tiny(methods=["linear", "lora-2", "bias"], seeds=2)
+    scores = {("linear", 0): 0.5, ("linear", 1): 0.5, ("lora-2", 0): 0.6, ("lora-2", 1): 0.6, ("bias", 0): 0.9}
+    rows = [make_row(experiment, "digits", *key, test_accuracy=score) for key, score in scores.items()]
+    page = write_page(tmp_path, summarize(experiment, rows)).read_text()
+    lines = {name: re.search(rf'<th scope="row">{name}</th>.*', page)[0] for name in ("linear", "lora-2", "bias")}
+    assert [name for name, line in lines.items() if "n best" in line] == ["lora-2"]
+
+
 def test_markup_in_names_is_escaped(large, tmp_path):
     experiment, rows = large
     markup = "<img src=x onerror=alert(1)>"

@@ -7,6 +7,7 @@ import pytest
 
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.figures import _short, forest, learning_rate_curves, lr_curve, pareto, pareto_front
+from snella_lab.comparison.report import markdown_tables
 from snella_lab.comparison.rows import CellResults, CellRow
 from snella_lab.comparison.statistics import (
     Difference,
@@ -204,10 +205,24 @@ def test_methods_are_ranked_only_on_the_same_seeds(tiny, make_row):
     summary = summarize(experiment, rows)
     assert list(summary.means) == ["linear", "lora-2"]
     assert outcome_text(summary).startswith("lora-2 has the highest test accuracy, 73.3%")
-    assert recommendation_text(summary).startswith("Recommended: l")
     assert recommendation_text(summary).endswith("No complete results yet: bias.")
     assert table_cells(summary, "test_accuracy", with_costs=False)[3][1] == "90.0 (1 of 3 seeds)"
     assert list(summarize(experiment, [rows[0], rows[3], rows[6]]).means) == ["linear", "lora-2", "bias"]
+    alone = summarize(experiment, rows[:4])
+    assert alone.means == {} and outcome_text(alone) == recommendation_text(alone) == ""
+
+
+def test_failed_runs_are_printed_without_any_final_run(tiny, make_row, console):
+    experiment = tiny(methods=["linear"], seeds=1)
+    errors = {"lr-x1": "OSError: disk full", "lr-x9": "NonFiniteLossError: the loss is NaN"}
+    rows = []
+    for number, error in enumerate(errors.values()):
+        row = make_row(experiment, "digits", "linear", number, purpose="trial", status="failed", error=error)
+        rows.append(row)
+    print_summary(console, summarize(experiment, rows))
+    text = console.file.getvalue()
+    assert "no final run is finished yet" in text and "OSError: disk full" in text
+    assert "the loss diverged, so this candidate is excluded" in text and "NaN" not in text
 
 
 def test_tasks_with_different_images_are_marked(tiny, make_row, console):
@@ -222,6 +237,7 @@ def test_tasks_with_different_images_are_marked(tiny, make_row, console):
     assert summary.mixed_tasks == ["elpv"]
     print_summary(console, summary)
     assert "warning: the runs on 'elpv' used different images" in console.file.getvalue()
+    assert "**Warning:** the runs on 'elpv' used different images" in markdown_tables(summary)
 
 
 def test_curves_contain_tuning_runs_at_the_default_weight_decay(large, make_row):
