@@ -11,7 +11,7 @@ Finished runs and existing rows are skipped.
 
 import argparse
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -62,12 +62,16 @@ def main() -> None:
         return
     if args.folders_root is None or args.runs is None:
         parser.error("--folders-root and --runs are required")
-    for seed, task in itertools.product(args.seeds, args.tasks):
+    seeds = sorted(args.seeds)
+    tasks = [task for task in TASKS if task in args.tasks]
+    for seed, task in itertools.product(seeds, tasks):
         run = args.runs / f"{task}-{seed}"
         train(task, seed, run, args.folders_root)
         append_new(args.out, {"kind": "budget", "task": task, "group": TASKS[task], "seed": seed}, run)
-    if len(args.seeds) > 1 and len(args.tasks) > 1:
-        for differs, first, second in pairs(args.tasks, *args.seeds[:2]):
+    if len(seeds) > 1:
+        for differs, first, second in pairs(*seeds[:2]):
+            if not {first[0], second[0]} <= {*tasks}:
+                continue
             runs = [args.runs / f"{task}-{seed}" for task, seed in (first, second)]
             append_new(args.out, {"kind": "overlap", "differs": differs, "runs": [list(first), list(second)]}, *runs)
 
@@ -117,8 +121,9 @@ Run = tuple[str, int]
 """Task and seed."""
 
 
-def pairs(tasks: Sequence[str], seed: int, other_seed: int) -> Iterable[tuple[str, Run, Run]]:
+def pairs(seed: int, other_seed: int) -> Iterable[tuple[str, Run, Run]]:
     """Yield the runs of each `overlap` row. Each task is paired with itself and with the next task."""
+    tasks = list(TASKS)
     for task, next_task in zip(tasks, [*tasks[1:], tasks[0]], strict=True):
         yield "task", (task, seed), (next_task, seed)
         yield "seed", (task, seed), (task, other_seed)
@@ -146,18 +151,28 @@ def budget_table(rows: list[dict[str, Any]]) -> str:
 
 
 def overlap_table(rows: list[dict[str, Any]]) -> str:
-    """Return the cosine similarity, its chance level, and the Jaccard index, by the difference between the runs."""
+    """Return the cosine similarity and the Jaccard index with their chance levels, by the difference between runs."""
     lines = []
+    densities: dict[Run, list[float]] = {}
+    for row in rows:
+        if row["kind"] == "budget":
+            densities[row["task"], row["seed"]] = [1 - sparsity for sparsity in row["sparsity"]]
     for differs in PAIRS:
         same = [row for row in rows if row["kind"] == "overlap" and row["differs"] == differs]
         cosines = [fmean(values) for values in zip(*(row["cosine"] for row in same), strict=True)]
         chance = [fmean(values) for values in zip(*(row["chance"] for row in same), strict=True)]
         largest = max(fmean(row["cosine"]) for row in same)
         jaccard = fmean(fmean(row["jaccard"]) for row in same)
-        cells = [fmean(cosines), min(cosines), max(cosines), largest, fmean(chance), jaccard]
+        jaccard_chance = fmean(random_jaccard(*(densities[task, seed] for task, seed in row["runs"])) for row in same)
+        cells = [fmean(cosines), min(cosines), max(cosines), largest, fmean(chance), jaccard, jaccard_chance]
         lines.append([differs, *(decimal_text(value, 3) for value in cells)])
     head = ["difference between the runs", "mean cosine", "lowest block", "highest block", "highest pair"]
-    return markdown_table([*head, "by chance", "Jaccard index"], lines, left=1)
+    return markdown_table([*head, "by chance", "Jaccard index", "by chance"], lines, left=1)
+
+
+def random_jaccard(first: Iterable[float], second: Iterable[float]) -> float:
+    """Return the mean Jaccard index over blocks of random sets of weights with the given densities by block."""
+    return fmean(p * q / (p + q - p * q) for p, q in zip(first, second, strict=True))
 
 
 if __name__ == "__main__":

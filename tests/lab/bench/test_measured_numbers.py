@@ -3,6 +3,8 @@
 from collections import defaultdict
 from statistics import fmean
 
+import numpy as np
+
 from snella_app.report.allocation import linear_trend
 from snella_app.text import count_text, decimal_text
 from snella_lab.bench.rows import is_step_time
@@ -290,8 +292,19 @@ def test_text_on_budgets_and_updates_by_task_matches_the_measured_rows():
     for row in rows("budgets_by_task"):
         if row["kind"] == "overlap":
             jaccard[row["differs"]].append(fmean(row["jaccard"]))
-    values = (fmean(jaccard["task"]), fmean(jaccard["seed"]))
-    assert_states(PAPER, "is {:.2f} for different tasks, not much less than the {:.2f} for two seeds", *values)
+    densities = {}
+    for row in rows("budgets_by_task"):
+        if row["kind"] == "budget":
+            densities[row["task"], row["seed"]] = 1 - np.array(row["sparsity"])
+    by_chance = []
+    for row in rows("budgets_by_task"):
+        if row.get("differs") == "task":
+            p, q = (densities[tuple(run)] for run in row["runs"])
+            by_chance.append(float(np.mean(p * q / (p + q - p * q))))
+    values = (fmean(jaccard["task"]), fmean(by_chance), fmean(jaccard["seed"]))
+    sentence = "is {:.2f} for different tasks, compared with {:.2f} by chance and {:.2f} for two seeds"
+    assert_states(PAPER, sentence, *values)
+    assert_states(PAPER, "(Jaccard index {:.2f}, by chance {:.2f})", *values[:2])
     for differs in cosines:
         by_block = [fmean(values) for values in zip(*cosines[differs], strict=True)]
         assert sorted(range(12), key=by_block.__getitem__)[-2:] in ([10, 11], [11, 10])
