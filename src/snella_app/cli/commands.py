@@ -64,7 +64,6 @@ def evaluate(
 
       snella evaluate runs/photos
       snella evaluate runs/photos --data more-photos
-      snella evaluate runs/photos --calibrate
 
     Args:
         run: Run folder.

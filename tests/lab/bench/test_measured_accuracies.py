@@ -213,7 +213,7 @@ def test_text_on_the_suite_matches_the_measured_rows():
             sparsities.append(100 * (1 - row.column("kept_weights") / row.column("adapted_weights")))
     assert_states(COMPARISONS, "All {} `snella-matched` adapters have {}% sparsity.", len(matched), span(matched))
     denser = WORDS[sum(sparsity <= 69 for sparsity in snella)].capitalize()
-    sentence = "{} of the {} SNELLA adapters are at least one point less sparse (as low as {:.0f}%)"
+    sentence = "{} of the {} `snella-8` adapters are at least one point less sparse (as low as {:.0f}%)"
     assert_states(COMPARISONS, sentence, denser, len(snella), min(snella))
 
 
@@ -254,6 +254,36 @@ def test_text_on_the_twin_of_table_xii_matches_the_measured_rows():
     cubic, constant = (read_experiment("table12").published["values"][name] for name in ("cubic", "constant"))
     (advantage,) = (cubic[mean] - constant[mean] for mean in cubic)
     assert_states(COMPARISONS, "In the paper, the advantage is {:.1f} points", advantage)
+
+
+def test_text_on_the_twin_of_table_xi_matches_the_measured_rows():
+    from twin_tables import COMMITTED, read_cells
+
+    runs = FinalRuns(read_cells(COMMITTED))
+    budgets = ("0.10", "0.50", "0.70", "0.90", "0.99")
+    differences = {}
+    ends = []
+    for scaling in ("", "-scaling-1"):
+        names = [f"snella-8{scaling}", *(f"budget-{budget}{scaling}" for budget in budgets)]
+        means = [100 * runs.mean(name, [[task] for task in SUITE], METRIC).mean for name in names]
+        ends += [min(means), max(means)]
+        for budget, name in zip(budgets, names[1:], strict=True):
+            differences[budget, scaling] = runs.difference(names[0], name, SUITE, METRIC)
+    sentence = "range from {:.1f} to {:.1f}%, and with 1, from {:.1f} to {:.1f}%."
+    assert_states(COMPARISONS, sentence, *ends)
+    largest = max(difference.high for difference in differences.values())
+    assert not any(difference.low > 0 or difference.high < 0 for difference in differences.values())
+    assert_states(COMPARISONS, "that 0.30 is more than {:.1f} points better than", 100 * largest)
+    paper = read_experiment("table11").published["values"]
+    (advantage,) = (paper["budget-0.30"][mean] - paper["budget-0.99"][mean] for mean in paper["budget-0.30"])
+    assert_states(COMPARISONS, "In the paper, it is {:.1f} points better than 0.99.", advantage)
+    gains = [runs.difference(f"budget-0.99{s}", f"klora-8{s}", SUITE, METRIC).mean for s in ("", "-scaling-1")]
+    assert_states(COMPARISONS, "SNELLA is {:.1f} and {:.1f} points above KLoRA", *(100 * gain for gain in gains))
+    expected = " ".join(read_experiment("twin-table11").expected.split())
+    for scaling, number in (("", 10), ("-scaling-1", 1)):
+        result = differences["0.99", scaling]
+        interval = f"{100 * result.mean:.1f} points [{100 * result.low:.1f}, {100 * result.high:.1f}]"
+        assert f"{interval} with a scaling of {number}" in expected
 
 
 def test_results_of_the_demonstration_match_its_rows():

@@ -89,7 +89,7 @@ def test_text_of_the_speed_page_matches_the_measured_rows():
     small, large = ([run["snella"]["step_over_lora"] for run in vit_b_runs(batch)] for batch in (4, 16))
     saved = [memory_text(complete_run(16), name) for name in ("snella", "snella-compress")]
     assert_states(SPEED, "SNELLA stores {} times as many bytes for the backward pass as PEFT's LoRA", saved[0])
-    assert_states(SPEED, "reduce the stored bytes to {} times those of LoRA", saved[1])
+    assert_states(SPEED, "reduce SNELLA's stored bytes to {} times those of LoRA", saved[1])
     sentence = "{} times as long as a LoRA step at batch size 16, and {} times as long at batch size 4."
     assert_states(SPEED, sentence, span(large, 1), span(small, 1))
     runs = model_runs()
@@ -285,7 +285,7 @@ def test_text_on_budgets_and_updates_by_task_matches_the_measured_rows():
     means = {differs: fmean(fmean(blocks) for blocks in pairs) for differs, pairs in cosines.items()}
     sentence = "Its mean is {:.2f}, compared with {:.2f} by chance and {:.2f} for two seeds of the same task."
     assert_states(PAPER, sentence, means["task"], fmean(chance), means["seed"])
-    assert_states(PAPER, "without them, it is {:.2f}.", means["task and seed"])
+    assert_states(PAPER, "for two tasks with different seeds, it is {:.2f}.", means["task and seed"])
     claim = "mean cosine {:.2f}, compared with {:.2f} by chance and {:.2f} for two seeds of a task"
     assert_states(PAPER, claim, means["task"], fmean(chance), means["seed"])
     jaccard = defaultdict(list)

@@ -177,6 +177,11 @@ def test_claims_match_the_suite_and_the_twins(suite):
         result = runs.difference("snella-8-scaling-1", f"{name}-scaling-1", tasks, "test_accuracy")
         texts.append(f"minus {name} {100 * result.mean:.1f} ({_interval(result)})")
     assert f"twin, scaling 1: cubic {', '.join(texts)} |" in paper
+    texts = []
+    for budget in ("0.99", "0.10", "0.90"):
+        result = runs.difference("snella-8-scaling-1", f"budget-{budget}-scaling-1", tasks, "test_accuracy")
+        texts.append(f"minus {budget} {100 * result.mean:.1f} ({_interval(result)})")
+    assert f"twin, scaling 1: 0.30 {', '.join(texts)} |" in paper
 
 
 def _interval(result):
