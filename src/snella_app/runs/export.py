@@ -314,6 +314,13 @@ def _write_timm(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
     return _logits_notes(loaded.info, _IN_CONFIG), snippet
 
 
+def _decoding_line(loaded: LoadedRun) -> str:
+    """Return a line that decodes the outputs for an image, which is empty for classes; notes describe those."""
+    if loaded.task.name == "classification":
+        return ""
+    return f"\n{loaded.task.decoding_comment('outputs')}  (outputs: those for one image, [1, …])"
+
+
 def _write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> dict[str, Any]:
     """Write a folder in timm's format and return its `config.json`; raise ValueError for backbones outside timm."""
     if loaded.info.backbone.architecture is None:
@@ -372,7 +379,8 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
     if loaded.task.name == "classification":
         agreement = float((lora_outputs.argmax(1) == expected.argmax(1)).double().mean())
         note += f"; {agreement:.1%} of predictions agree"
-    return [note, *_logits_notes(loaded.info, "not stored in the folder")], code.format(str(options.out), backbone.name)
+    notes = _logits_notes(loaded.info, "not stored in the folder")
+    return [note, *notes], code.format(str(options.out), backbone.name) + _decoding_line(loaded)
 
 
 def _write_card(loaded: LoadedRun, path: Path, use: str, library: str, tags: Sequence[str]) -> None:
@@ -425,7 +433,7 @@ def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> tupl
         f"from snella import load_sparse\npatch = load_sparse(backbone, {str(options.out)!r})"
         f"  # {loaded.info.backbone.name}; undo: patch.remove()"
     )
-    return [note, *_logits_notes(loaded.info, _IN_METADATA)], snippet
+    return [note, *_logits_notes(loaded.info, _IN_METADATA)], snippet + _decoding_line(loaded)
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:

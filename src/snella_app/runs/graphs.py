@@ -208,8 +208,10 @@ def preprocessing_code(loaded: LoadedRun) -> list[str] | None:
     return [
         "def transform(image):",
         "    image = ImageOps.exif_transpose(image)",
-        "    if image.mode.startswith('I;16'):",
-        "        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))",
+        "    if image.mode.startswith('I'):",
+        "        values = np.asarray(image)",
+        "        bits = 8 if image.mode == 'I' and values.max() < 256 else 16",
+        "        image = Image.fromarray((values.clip(0) >> bits - 8).clip(max=255).astype(np.uint8))",
         "    if image.mode.endswith('A') or 'transparency' in image.info:",
         "        white = Image.new('RGBA', image.size, 'white')",
         "        image = Image.alpha_composite(white, image.convert('RGBA'))",

@@ -306,7 +306,7 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
                 "image before normalization, or 0 to 255 as uint8"
             )
     elif values.dtype != np.uint8:
-        raise ValueError(f"an image must be uint8 or floating point, got {values.dtype} for {name}")
+        raise ValueError(f"an image must be uint8 or floating point (from 0 to 1), got {values.dtype} for {name}")
     if channels not in PILLOW_MODES:
         array = values if values.dtype == np.uint8 else values.astype(np.float32)
         return tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0))))

@@ -25,6 +25,10 @@ from snella_app.tasks.task import ClassWeights, Task, full_precision, paired, re
 
 _THRESHOLD = 0.5
 """Threshold of each class before calibration, and of classes without images."""
+_RESAMPLES = 25
+"""Number of bootstrap resamples over which `fit_thresholds` averages."""
+_EPSILON = 1e-6
+"""Bound of the thresholds whose logits are averaged."""
 
 
 def binary_focal(logits: Tensor, targets: Tensor, positive_weights: Tensor | None = None) -> Tensor:
@@ -41,34 +45,50 @@ def binary_focal(logits: Tensor, targets: Tensor, positive_weights: Tensor | Non
     return losses if positive_weights is None else losses * (1 + (positive_weights - 1) * targets)
 
 
-def best_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]:
-    """Return the threshold of each class that gives the highest F1.
+def fit_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]:
+    """Return a threshold for each class, which approximately maximizes F1 on new images.
 
-    Candidates are midpoints between consecutive probabilities, and between the lowest one and 0. Ties select the
-    threshold nearest to 1/2, and classes without images get 1/2. A label is assigned if its probability is at least the
-    threshold.
+    The threshold is the mean of `best_threshold` over bootstrap resamples of the images, on the scale of logits. The
+    threshold that maximizes F1 on the images themselves depends strongly on a few of them. In simulations with 30 to
+    150 images, the mean increases F1 on new images by 0.5 to 0.8 points (`benchmarks/multilabel_thresholds.py`). A
+    label is assigned if its probability is at least the threshold.
 
     Args:
         probabilities: `[images, classes]`.
         truth: `[images, classes]`, 0 and 1.
 
     Returns:
-        One threshold per class, in [0, 1].
+        One threshold per class, in (0, 1). Classes without images get 1/2.
     """
+    count = len(truth)
+    resamples = np.random.default_rng(0).integers(0, count, (_RESAMPLES, count))  # the same for all classes
     thresholds = []
     for scores, labels in zip(probabilities.T, truth.T, strict=True):
-        order = np.argsort(-scores, kind="stable")
-        ranked = scores[order]
-        hits = labels[order].cumsum()
-        if len(hits) == 0 or hits[-1] == 0:
+        if not labels.any():
             thresholds.append(_THRESHOLD)
             continue
-        f1 = 2 * hits / (np.arange(1, len(hits) + 1) + hits[-1])
-        midpoints = (ranked + np.append(ranked[1:], 0.0)) / 2
-        is_edge = np.append(ranked[1:] < ranked[:-1], True)  # equal probabilities share one threshold
-        best = is_edge & (f1 >= f1[is_edge].max() - 1e-12)  # ties, up to rounding
-        thresholds.append(float(min(midpoints[best], key=lambda midpoint: abs(midpoint - _THRESHOLD))))
+        fitted = np.clip([best_threshold(scores[rows], labels[rows]) for rows in resamples], _EPSILON, 1 - _EPSILON)
+        mean = np.log(fitted / (1 - fitted)).mean()
+        thresholds.append(float(1 / (1 + np.exp(-mean))))
     return thresholds
+
+
+def best_threshold(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Return the threshold with the highest F1 on the images, or 1/2 without positive labels.
+
+    Candidates are midpoints between consecutive scores, and between the lowest one and 0. Ties select the threshold
+    nearest to 1/2.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    hits = labels[order].cumsum()
+    if len(hits) == 0 or hits[-1] == 0:
+        return _THRESHOLD
+    f1 = 2 * hits / (np.arange(1, len(hits) + 1) + hits[-1])
+    midpoints = (ranked + np.append(ranked[1:], 0.0)) / 2
+    is_edge = np.append(ranked[1:] < ranked[:-1], True)  # equal scores share one threshold
+    best = is_edge & (f1 >= f1[is_edge].max() - 1e-12)  # ties, up to rounding
+    return float(min(midpoints[best], key=lambda midpoint: abs(midpoint - _THRESHOLD)))
 
 
 @dataclass(frozen=True)
@@ -142,9 +162,9 @@ class MultiLabelTask(Task):
         )
 
     def calibrated(self, reduced: ArrayLike, labels: ArrayLike) -> Self:
-        """Return the task with the thresholds that maximize F1 (see `best_thresholds`)."""
+        """Return the task with thresholds that approximately maximize F1 (see `fit_thresholds`)."""
         probabilities = self.probabilities(torch.as_tensor(np.asarray(reduced))).double().numpy()
-        return dataclasses.replace(self, thresholds=tuple(best_thresholds(probabilities, np.asarray(labels))))
+        return dataclasses.replace(self, thresholds=tuple(fit_thresholds(probabilities, np.asarray(labels))))
 
     def state(self) -> dict[str, Any]:
         """Return the thresholds."""

@@ -109,19 +109,21 @@ def test_a_graph_exported_with_logits_gives_the_raw_outputs_of_the_model(name, f
     ("any_run", "name", "mode"),
     [
         *(("finished", name, "RGB") for name in CHECKED),
-        *(("finished", "torchscript", mode) for mode in ("RGBA", "I;16")),
+        *(("finished", "torchscript", mode) for mode in ("RGBA", "I;16", "I")),
         ("finished_default", "torchscript", "RGB"),
     ],
     indirect=["any_run"],
 )
 def test_the_printed_snippet_runs_and_matches_predict(any_run, name, mode, photos, tmp_path, capsys):
-    image, out = tmp_path / "new.png", tmp_path / "m"
+    image, out = tmp_path / ("new.tif" if mode == "I" else "new.png"), tmp_path / "m"
     with Image.open(photos / "dogs" / "003.png") as picture:
         pixels = np.asarray(picture.resize((50, 41)))
     if mode == "RGBA":
         alpha = np.linspace(0, 255, pixels[..., 0].size).reshape(41, 50, 1).astype(np.uint8)
         pixels = np.concatenate([pixels, alpha], 2)
-    Image.fromarray(pixels if mode != "I;16" else pixels[..., 0].astype(np.uint16) * 257).save(image)
+    if mode.startswith("I"):
+        pixels = 257 * pixels[..., 0].astype(np.int32 if mode == "I" else np.uint16)
+    Image.fromarray(pixels).save(image)
     with Image.open(image) as picture:
         assert picture.mode == mode
     assert main(["export", str(any_run.path), "--format", name, "--out", str(out), "--images", f"[{image}]"]) == 0

@@ -93,7 +93,7 @@ def test_one_image_gives_one_prediction_and_several_a_list(model, photos):
     ("image", "error", "message"),
     [
         (torch.zeros(2, 8, 8), ValueError, r"\[1, 3 or 4, height, width\] as a tensor, got \[2, 8, 8\] for \[0\]"),
-        (np.zeros((8, 8, 3), np.int64), ValueError, "must be uint8 or floating point, got int64"),
+        (np.zeros((8, 8, 3), np.int64), ValueError, r"must be uint8 or floating point \(from 0 to 1\), got int64"),
         (torch.randn(3, 8, 8) * 3 - 5, ValueError, "values from 0 to 1, got -.*before normalization"),
         (np.full((8, 8), np.nan), ValueError, "values from 0 to 1, got nan to nan"),
         (b"no image", ValueError, r"'\[0\]' is not a readable image"),

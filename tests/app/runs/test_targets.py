@@ -132,6 +132,8 @@ def test_an_exported_graph_gives_the_outputs_of_the_run(make_run, table, task, l
     for name in ("timm", "hf"):
         with pytest.raises(ValueError, match=rf"format={name} does not support the task {task}; use one of sparse, "):
             export(run.path, name, tmp_path / name)
+    snippet = export(run.path, "sparse", tmp_path / "model.sparse").snippet
+    assert loaded.task.decoding_comment("outputs") in snippet
 
 
 def test_thresholds_are_chosen_on_validation_and_used_by_predict(make_run, table, tmp_path):

@@ -11,7 +11,7 @@ from snella_app.data.datasets import Annotations, ImageDataset
 from snella_app.data.sources import ArrayImages
 from snella_app.tasks import ClassificationTask, MultiLabelTask, OrdinalTask, RegressionTask, create_task
 from snella_app.tasks.classification import rank_order
-from snella_app.tasks.multilabel import best_thresholds
+from snella_app.tasks.multilabel import best_threshold, fit_thresholds
 from snella_app.tasks.task import resolve_class_weights
 
 
@@ -84,18 +84,40 @@ def test_labels_without_images_are_excluded_from_means():
     assert scores["per_class"][1]["average_precision"] is None
 
 
-def test_thresholds_maximize_f1():
+def test_best_threshold_maximizes_f1():
     torch.manual_seed(0)
-    probabilities, labels = torch.rand(50, 4).double().numpy(), (torch.rand(50, 4) > 0.7).int().numpy()
-    labels[:, 3] = 0
-    thresholds = best_thresholds(probabilities, labels)
-    for c in range(3):
-        scores = [f1_score(labels[:, c], probabilities[:, c] >= t) for t in np.linspace(0, 1, 1001)]
-        best = f1_score(labels[:, c], probabilities[:, c] >= thresholds[c])
-        assert best >= max(scores) - 1e-12
-    assert thresholds[3] == 0.5
-    tied = best_thresholds(np.array([[0.2], [0.2], [0.2]]), np.array([[1], [0], [0]]))
-    assert tied == [0.1]  # equal probabilities share one threshold
+    probabilities, labels = torch.rand(50).double().numpy(), (torch.rand(50) > 0.7).int().numpy()
+    scores = [f1_score(labels, probabilities >= t) for t in np.linspace(0, 1, 1001)]
+    assert f1_score(labels, probabilities >= best_threshold(probabilities, labels)) >= max(scores) - 1e-12
+    assert best_threshold(probabilities, np.zeros(50, int)) == 0.5
+    assert best_threshold(np.full(3, 0.2), np.array([1, 0, 0])) == 0.1  # equal probabilities share one threshold
+
+
+def test_fitted_thresholds_have_a_higher_f1_on_new_images_than_the_best_on_the_validation_images():
+    generator = np.random.default_rng(0)
+    fitted, best = [], []
+    for _ in range(300):
+        labels = (generator.random(2060) < 0.3).astype(int)
+        probabilities = 1 / (1 + np.exp(-generator.normal(0, 1, 2060) - 2.5 * (labels - 0.5) + 2))
+        val, new = slice(60), slice(60, None)
+        thresholds = (
+            fit_thresholds(probabilities[val, None], labels[val, None]),
+            best_threshold(probabilities[val], labels[val]),
+        )
+        for scores, threshold in ((fitted, thresholds[0][0]), (best, thresholds[1])):
+            predicted = probabilities[new] >= threshold
+            scores.append(2 * (predicted & (labels[new] > 0)).sum() / (predicted.sum() + labels[new].sum()))
+    gain = np.array(fitted) - np.array(best)
+    assert gain.mean() > 3 * gain.std() / len(gain) ** 0.5
+
+
+def test_thresholds_of_classes_do_not_depend_on_other_classes():
+    generator = np.random.default_rng(0)
+    probabilities, labels = generator.random((40, 3)), generator.integers(0, 2, (40, 3))
+    labels[:, 2] = 0
+    thresholds = fit_thresholds(probabilities, labels)
+    assert fit_thresholds(probabilities[:, :1], labels[:, :1]) == thresholds[:1]
+    assert thresholds[2] == 0.5 and all(0 < threshold < 1 for threshold in thresholds)
 
 
 def test_positive_weights_are_the_ratio_of_images_without_and_with_the_label():
@@ -108,7 +130,8 @@ def test_positive_weights_are_the_ratio_of_images_without_and_with_the_label():
 
 
 def test_the_state_of_a_multilabel_task_is_its_thresholds():
-    logits, labels = torch.tensor([[0.0, 2.0], [-1.0, 1.0], [-2.0, 0.5]]), np.array([[1, 1], [1, 0], [0, 0]])
+    logits = torch.tensor([[0.0, 2.0], [-1.0, 1.0], [-2.0, 0.5]]).repeat(8, 1)
+    labels = np.tile([[1, 1], [1, 0], [0, 0]], (8, 1))
     task = MultiLabelTask(("a", "b")).calibrated(logits, labels)
     restored = create_task("multilabel", ["a", "b"], **task.state())
     assert restored.thresholds == task.thresholds
