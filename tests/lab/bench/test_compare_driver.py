@@ -37,7 +37,7 @@ def test_sentence_in_the_guide_matches_the_newest_line_of_the_rows(driver):
     fitted = driver.fit_line(list(sizes.values()))
     assert {name: line[name] for name in fitted} == fitted and fitted["sizes"] == [1000, 3000, 10_000, 30_000]
     assert not any(row["dirty"] for row in rows)
-    text = " ".join((ROOT / "docs" / "compare.md").read_text(encoding="utf-8").split())
+    text = " ".join((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split())
     time, memory = f"{line['slope_ms_per_cell']:.1f} ms", f"{line['slope_kb_per_cell']:.0f} KB"
     assert f"{time} of CPU time and {memory} of memory per cell" in text
     assert f"plus {line['fixed_s']:.1f} s and {line['fixed_mb']:.0f} MB" in text
