@@ -70,10 +70,10 @@ def main() -> None:
         append_new(args.out, {"kind": "budget", "task": task, "group": TASKS[task], "seed": seed}, run)
     if len(seeds) > 1:
         for differs, first, second in pairs(*seeds[:2]):
-            if not {first[0], second[0]} <= {*tasks}:
-                continue
-            runs = [args.runs / f"{task}-{seed}" for task, seed in (first, second)]
-            append_new(args.out, {"kind": "overlap", "differs": differs, "runs": [list(first), list(second)]}, *runs)
+            if first[0] in tasks and second[0] in tasks:
+                runs = [args.runs / f"{task}-{seed}" for task, seed in (first, second)]
+                key = {"kind": "overlap", "differs": differs, "runs": [list(first), list(second)]}
+                append_new(args.out, key, *runs)
 
 
 def train(task: str, seed: int, run: Path, root: Path) -> None:

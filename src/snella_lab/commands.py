@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import snella_app.cli.commands  # noqa: F401  (registered first, since the help lists them first)
 from snella_app.cli.command import Device, command
 from snella_lab.analysis.plot import PlotOptions
 from snella_lab.comparison.options import CompareOptions

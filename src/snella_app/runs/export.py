@@ -314,11 +314,11 @@ def _write_timm(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
     return _logits_notes(loaded.info, _IN_CONFIG), snippet
 
 
-def _decoding_line(loaded: LoadedRun) -> str:
-    """Return a line that decodes the outputs for an image, which is empty for classes; notes describe those."""
+def _decoding_lines(loaded: LoadedRun) -> str:
+    """Return comment lines on decoding the outputs, or an empty string for classification, which notes describe."""
     if loaded.task.name == "classification":
         return ""
-    return f"\n{loaded.task.decoding_comment('outputs')}  (outputs: those for one image, [1, …])"
+    return f"\n# decode the outputs of a batch with one image:\n{loaded.task.decoding_comment('outputs')}"
 
 
 def _write_timm_folder(loaded: LoadedRun, path: Path, **entries: Any) -> dict[str, Any]:
@@ -380,7 +380,7 @@ def _write_lora(loaded: LoadedRun, path: Path, options: ExportOptions) -> tuple[
         agreement = float((lora_outputs.argmax(1) == expected.argmax(1)).double().mean())
         note += f"; {agreement:.1%} of predictions agree"
     notes = _logits_notes(loaded.info, "not stored in the folder")
-    return [note, *notes], code.format(str(options.out), backbone.name) + _decoding_line(loaded)
+    return [note, *notes], code.format(str(options.out), backbone.name) + _decoding_lines(loaded)
 
 
 def _write_card(loaded: LoadedRun, path: Path, use: str, library: str, tags: Sequence[str]) -> None:
@@ -433,7 +433,7 @@ def _write_sparse(loaded: LoadedRun, path: Path, options: ExportOptions) -> tupl
         f"from snella import load_sparse\npatch = load_sparse(backbone, {str(options.out)!r})"
         f"  # {loaded.info.backbone.name}; undo: patch.remove()"
     )
-    return [note, *_logits_notes(loaded.info, _IN_METADATA)], snippet + _decoding_line(loaded)
+    return [note, *_logits_notes(loaded.info, _IN_METADATA)], snippet + _decoding_lines(loaded)
 
 
 def _tuner_layers(model: nn.Module) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
 
 
 def changed_sizes_text(stored: Mapping[str, int], splits: DataSplits) -> str:
-    """Format the sizes of changed splits, or describe the change if the sizes equal those of the stored splits."""
+    """Format the sizes of changed splits, or describe the change if all sizes are as stored."""
     current = sizes_text(split_sizes(splits))
     is_equal = current == sizes_text(stored)
     return "the same numbers of images, but different names or labels" if is_equal else current

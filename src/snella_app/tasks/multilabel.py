@@ -28,7 +28,7 @@ _THRESHOLD = 0.5
 _RESAMPLES = 25
 """Number of bootstrap resamples over which `fit_thresholds` averages."""
 _EPSILON = 1e-6
-"""Bound of the thresholds whose logits are averaged."""
+"""Thresholds are clamped to `[_EPSILON, 1 − _EPSILON]` before their logits are averaged."""
 
 
 def binary_focal(logits: Tensor, targets: Tensor, positive_weights: Tensor | None = None) -> Tensor:
@@ -67,9 +67,8 @@ def fit_thresholds(probabilities: np.ndarray, truth: np.ndarray) -> list[float]:
         if not labels.any():
             thresholds.append(_THRESHOLD)
             continue
-        fitted = np.clip([best_threshold(scores[rows], labels[rows]) for rows in resamples], _EPSILON, 1 - _EPSILON)
-        mean = np.log(fitted / (1 - fitted)).mean()
-        thresholds.append(float(1 / (1 + np.exp(-mean))))
+        best = torch.tensor([best_threshold(scores[rows], labels[rows]) for rows in resamples], dtype=torch.float64)
+        thresholds.append(float(best.logit(_EPSILON).mean().sigmoid()))
     return thresholds
 
 

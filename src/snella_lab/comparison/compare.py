@@ -263,7 +263,7 @@ def _check_data(experiment: Experiment, data: DataEntry, console: Console) -> No
 def _check_unchanged_data(root: Path, experiment: Experiment, rows: Iterable[CellRow]) -> None:
     """Check that the images and labels of each data entry are those of its finished runs.
 
-    Only one run of each data entry is checked, preferably a final run whose folder exists.
+    Only one run of each data entry is checked: a final run whose folder exists, if there is one.
 
     Raises:
         ValueError: If images or labels differ.

@@ -129,18 +129,18 @@ class Summary:
     def means(self) -> dict[str, Spread]:
         """Mean of the main metric over tasks, by method, for the methods that can be ranked.
 
-        These methods have runs with the same seeds on every task. If the methods differ in their seeds, the group with
-        the most runs is ranked. A method is not ranked alone if others have results.
+        These methods have runs with the same seeds on every task. If the seeds differ between methods, the group of at
+        least two methods with the most runs is ranked.
         """
         groups: dict[frozenset[int], dict[str, Spread]] = {}
         for method in self.methods:
             mean = method.over_tasks[self.column]
             if mean is not None:
                 groups.setdefault(self.runs.seeds(method.name, self.tasks), {})[method.name] = mean
-        if not groups:
-            return {}
-        seeds = max(groups, key=lambda seeds: len(seeds) * len(groups[seeds]))
-        return groups[seeds] if len(groups) == 1 or len(groups[seeds]) > 1 else {}
+        if len(groups) > 1:
+            groups = {seeds: means for seeds, means in groups.items() if len(means) > 1}
+        _, ranked = max(groups.items(), key=lambda group: len(group[0]) * len(group[1]), default=(frozenset(), {}))
+        return ranked
 
     @cached_property
     def mixed_tasks(self) -> list[str]:
@@ -343,7 +343,7 @@ def recommendation_text(summary: Summary) -> str:
         return ""
     text = summary.recommendation[1]
     others = [method.name for method in summary.methods if method.name not in summary.means]
-    return f"{text} No complete results yet: {', '.join(others)}." if others else text
+    return f"{text} Not ranked (missing results or other seeds): {', '.join(others)}." if others else text
 
 
 def recommend(

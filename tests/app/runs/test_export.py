@@ -6,13 +6,13 @@ import json
 import math
 import subprocess
 import sys
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from snella import load_sparse
 from snella.compat.sparse_file import SparsePatch, decode_positions, encode_positions
@@ -23,6 +23,7 @@ from snella_app.runs import export as exporting
 from snella_app.runs import load_run
 from snella_app.runs.export import FORMATS, export
 from snella_app.runs.graphs import MAX_RELATIVE_ERROR, ExportedGraph, compare_outputs, export_onnx, preprocessing_code
+from snella_app.runs.image_inputs import read_input
 from snella_app.runs.model import make_backbone
 from snella_app.runs.predict import load
 from snella_app.training.train import train
@@ -109,21 +110,19 @@ def test_a_graph_exported_with_logits_gives_the_raw_outputs_of_the_model(name, f
     ("any_run", "name", "mode"),
     [
         *(("finished", name, "RGB") for name in CHECKED),
-        *(("finished", "torchscript", mode) for mode in ("RGBA", "I;16", "I")),
+        *(("finished", "torchscript", mode) for mode in ("RGBA", "I;16")),
         ("finished_default", "torchscript", "RGB"),
     ],
     indirect=["any_run"],
 )
 def test_the_printed_snippet_runs_and_matches_predict(any_run, name, mode, photos, tmp_path, capsys):
-    image, out = tmp_path / ("new.tif" if mode == "I" else "new.png"), tmp_path / "m"
+    image, out = tmp_path / "new.png", tmp_path / "m"
     with Image.open(photos / "dogs" / "003.png") as picture:
         pixels = np.asarray(picture.resize((50, 41)))
     if mode == "RGBA":
         alpha = np.linspace(0, 255, pixels[..., 0].size).reshape(41, 50, 1).astype(np.uint8)
         pixels = np.concatenate([pixels, alpha], 2)
-    if mode.startswith("I"):
-        pixels = 257 * pixels[..., 0].astype(np.int32 if mode == "I" else np.uint16)
-    Image.fromarray(pixels).save(image)
+    Image.fromarray(pixels if mode != "I;16" else pixels[..., 0].astype(np.uint16) * 257).save(image)
     with Image.open(image) as picture:
         assert picture.mode == mode
     assert main(["export", str(any_run.path), "--format", name, "--out", str(out), "--images", f"[{image}]"]) == 0
@@ -134,6 +133,15 @@ def test_the_printed_snippet_runs_and_matches_predict(any_run, name, mode, photo
     process = subprocess.run(program, capture_output=True, text=True, check=True, cwd=tmp_path)
     (prediction,) = load(any_run.path).predict([image])
     assert ast.literal_eval(process.stdout) == pytest.approx(prediction.probabilities, abs=1e-4)
+
+
+@pytest.mark.parametrize("high", [200, 257 * 255, 10**6])
+def test_the_printed_transform_reads_32_bit_gray_images_as_predict_does(high, loaded):
+    names: dict[str, Any] = {"np": np, "Image": Image, "ImageOps": ImageOps}
+    exec("\n".join(preprocessing_code(loaded)), names)
+    gray = np.linspace(-5, high, 41 * 50).reshape(41, 50).astype(np.int32)
+    expected = loaded.transform(read_input(Image.fromarray(gray), "gray", loaded.reading))
+    assert np.abs(names["transform"](Image.fromarray(gray)) - expected.numpy()).max() <= 1e-4
 
 
 def test_a_run_with_a_white_value_has_no_preprocessing_snippet(loaded):

@@ -100,13 +100,9 @@ def test_fitted_thresholds_have_a_higher_f1_on_new_images_than_the_best_on_the_v
         labels = (generator.random(2060) < 0.3).astype(int)
         probabilities = 1 / (1 + np.exp(-generator.normal(0, 1, 2060) - 2.5 * (labels - 0.5) + 2))
         val, new = slice(60), slice(60, None)
-        thresholds = (
-            fit_thresholds(probabilities[val, None], labels[val, None]),
-            best_threshold(probabilities[val], labels[val]),
-        )
-        for scores, threshold in ((fitted, thresholds[0][0]), (best, thresholds[1])):
-            predicted = probabilities[new] >= threshold
-            scores.append(2 * (predicted & (labels[new] > 0)).sum() / (predicted.sum() + labels[new].sum()))
+        (threshold,) = fit_thresholds(probabilities[val, None], labels[val, None])
+        fitted.append(f1_score(labels[new], probabilities[new] >= threshold))
+        best.append(f1_score(labels[new], probabilities[new] >= best_threshold(probabilities[val], labels[val])))
     gain = np.array(fitted) - np.array(best)
     assert gain.mean() > 3 * gain.std() / len(gain) ** 0.5
 

@@ -16,7 +16,6 @@ from snella.layer import SnellaLayer
 from snella_app.cli.main import main
 from snella_app.training import memory
 from snella_app.training.memory import peak_rss_mib, record_forward
-from snella_lab import commands
 from snella_lab.bench.baselines import BASELINES, NUM_CLASSES, RecomputedInputs, Workload, random_batch
 from snella_lab.bench.bench import BenchConfig, Runner, bench, grid, peak_of_child, ratio_fields
 from snella_lab.bench.reference import op_error
@@ -202,13 +201,13 @@ def test_grid_contains_all_settings_and_methods():
 def test_grid_command_uses_rounds_and_figures(monkeypatch):
     configs = []
     monkeypatch.setattr("snella_lab.bench.bench.bench", configs.append)
-    commands.bench(grid=True, rounds=2, out="rows.jsonl", figures="figures")
+    assert main(["bench", "--grid", "--rounds", "2", "--out", "rows.jsonl", "--figures", "figures"]) == 0
     assert configs == [replace(grid(out="rows.jsonl"), rounds=2, figures="figures")]
 
 
-def test_grid_command_rejects_the_axes_of_the_grid():
-    with pytest.raises(ValueError, match="grid sets batch, methods itself; leave them out, or leave out grid"):
-        commands.bench(grid=True, batch="4", methods="lora")
+def test_grid_command_rejects_the_axes_of_the_grid(capsys):
+    assert main(["bench", "--grid", "--batch", "4", "--methods", "lora"]) == 2
+    assert "grid sets batch, methods itself; leave them out, or leave out grid" in capsys.readouterr().err
 
 
 def test_only_keep_delta_saves_the_effective_weight():

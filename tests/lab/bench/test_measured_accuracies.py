@@ -5,7 +5,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from snella_app.text import points_text, signed_text
+from snella_app.text import decimal_text, points_text, signed_text
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.statistics import FinalRuns, difference_of
 from snella_lab.comparison.summary import difference_text
@@ -277,8 +277,13 @@ def test_text_on_the_twin_of_table_xi_matches_the_measured_rows():
     paper = read_experiment("table11").published["values"]
     (advantage,) = (paper["budget-0.30"][mean] - paper["budget-0.99"][mean] for mean in paper["budget-0.30"])
     assert_states(COMPARISONS, "In the paper, it is {:.1f} points better than 0.99.", advantage)
-    gains = [runs.difference(f"budget-0.99{s}", f"klora-8{s}", SUITE, METRIC).mean for s in ("", "-scaling-1")]
-    assert_states(COMPARISONS, "SNELLA is {:.1f} and {:.1f} points above KLoRA", *(100 * gain for gain in gains))
+    ten, one = (runs.difference(f"budget-0.99{s}", f"klora-8{s}", SUITE, METRIC) for s in ("", "-scaling-1"))
+    sentence = (
+        "SNELLA is {:.1f} points above KLoRA with a scaling of 10, and {:.1f} points above it with a scaling of 1"
+    )
+    assert_states(COMPARISONS, sentence, 100 * ten.mean, 100 * one.mean)
+    ends = [decimal_text(100 * end, 1) for end in (ten.low, ten.high, one.low, one.high)]
+    assert_states(COMPARISONS, "(95% intervals {} to {} and {} to {}).", *ends)
     expected = " ".join(read_experiment("twin-table11").expected.split())
     for scaling, number in (("", 10), ("-scaling-1", 1)):
         result = differences["0.99", scaling]

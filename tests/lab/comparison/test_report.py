@@ -58,8 +58,10 @@ def test_two_seeds_decide_no_difference(tiny, make_row):
     text = outcome_text(summarize(experiment, rows[:2]))
     assert text == "lora-2 has the highest test accuracy, 75.0%."
     assert outcome_text(summarize(experiment, [])) == ""
-    assert recommendation_text(summarize(experiment, rows[:2])).endswith(" No complete results yet: bias.")
-    assert "No complete results yet" not in recommendation_text(summarize(experiment, rows))
+    assert recommendation_text(summarize(experiment, rows[:2])).endswith(
+        " Not ranked (missing results or other seeds): bias."
+    )
+    assert "Not ranked" not in recommendation_text(summarize(experiment, rows))
 
 
 def test_correction_counts_only_methods_with_several_units(tiny, make_row):
@@ -308,7 +310,7 @@ def test_a_difference_on_some_tasks_is_no_overall_outcome(large, make_row):
     summary = summarize(smaller, rows)
     differences = {method.name: method.to_reference[summary.column] for method in summary.methods}
     assert differences["bias"].direction == 1 and "bias" not in outcome_text(summary)
-    assert recommendation_text(summary).endswith(" No complete results yet: bias.")
+    assert recommendation_text(summary).endswith(" Not ranked (missing results or other seeds): bias.")
     partial = [row for row in rows if row.experiment_name == "full" or row.task_name in tasks[:2]]
     assert "10.0 percentage points above lora-8 (2 of 6 tasks)" in outcome_text(summarize(smaller, partial))
 

@@ -205,11 +205,13 @@ def test_methods_are_ranked_only_on_the_same_seeds(tiny, make_row):
     summary = summarize(experiment, rows)
     assert list(summary.means) == ["linear", "lora-2"]
     assert outcome_text(summary).startswith("lora-2 has the highest test accuracy, 73.3%")
-    assert recommendation_text(summary).endswith("No complete results yet: bias.")
+    assert recommendation_text(summary).endswith("Not ranked (missing results or other seeds): bias.")
     assert table_cells(summary, "test_accuracy", with_costs=False)[3][1] == "90.0 (1 of 3 seeds)"
     assert list(summarize(experiment, [rows[0], rows[3], rows[6]]).means) == ["linear", "lora-2", "bias"]
     alone = summarize(experiment, rows[:4])
     assert alone.means == {} and outcome_text(alone) == recommendation_text(alone) == ""
+    behind = [row for row in rows if row.experiment_name == "linear" or row.seed == 0]  # 3, 1, and 1 seeds
+    assert list(summarize(experiment, behind).means) == ["lora-2", "bias"]
 
 
 def test_failed_runs_are_printed_without_any_final_run(tiny, make_row, console):
