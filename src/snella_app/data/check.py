@@ -205,7 +205,8 @@ class DataCheck:
 
     Attributes:
         splits: Data as split for training; only the existing splits if splitting fails.
-        counts: Number of images by class (or label) and split. Empty for regression and segmentation.
+        counts: Number of images by class (or label) and split. Empty for regression.
+        pixel_shares: Share of all mask pixels by class. Empty for images without masks.
         ranges: Minimum, median and maximum of each regression target. Empty for other tasks.
         sizes: Width and height of the images with the smallest, median and largest area. None if no image was
             inspected.
@@ -217,6 +218,7 @@ class DataCheck:
 
     splits: DataSplits
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    pixel_shares: dict[str, float] = field(default_factory=dict)
     ranges: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] | None = None
     kinds: dict[str, int] = field(default_factory=dict)
@@ -234,12 +236,17 @@ class DataCheck:
         cells: list[list[str]] = []
         for name, counts in self.counts.items():
             numbers = [*(counts[part] for part in parts), sum(counts.values())]
-            cells.append([name, *(f"{number:,}" for number in numbers)])
-        table = make_table((heading, *parts, "all"), cells)
+            row = [name, *(f"{number:,}" for number in numbers)]
+            if self.pixel_shares:
+                row.append(f"{self.pixel_shares[name]:.2%}")
+            cells.append(row)
+        last = ("pixels",) if self.pixel_shares else ()
+        table = make_table((heading, *parts, "all", *last), cells)
         if self.counts:
             table.add_section()
         sizes = [len(images) for images in parts.values()]
-        total_name = "images" if target == "labels" else "all"
+        has_several = target == "labels" or bool(self.pixel_shares)
+        total_name = "images" if has_several else "all"
         table.add_row(total_name, *(f"{size:,}" for size in (*sizes, sum(sizes))))
         console.print(table)
         rows: list[tuple[str, str]] = []
@@ -290,7 +297,11 @@ def check_data(spec: str, config: DataConfig | None = None, *, target: TargetKin
             check.notes.append(f"skipped {images} (--skip-corrupt): {named}")
         else:
             check.errors.append(f"{images}: {named}; skip with --skip-corrupt")
-    if not isinstance(splits.train, MaskDataset) and target == "class":
+    if isinstance(splits.train, MaskDataset):
+        if splits.train.annotations.targets is not None:
+            check.counts = _label_counts(splits)
+            check.pixel_shares = _pixel_shares(splits)
+    elif target == "class":
         counters = {part: Counter(images.labels) for part, images in splits.parts.items()}
         for label, name in enumerate(splits.classes):
             check.counts[name] = {part: counts[label] for part, counts in counters.items()}
@@ -318,6 +329,15 @@ def _label_counts(splits: DataSplits) -> dict[str, dict[str, int]]:
     if any(counts[NO_LABEL] for counts in counters.values()):
         names.append(NO_LABEL)
     return {name: {part: counts[name] for part, counts in counters.items()} for name in names}
+
+
+def _pixel_shares(splits: DataSplits) -> dict[str, float]:
+    """Return the share of the pixels of all masks by class."""
+    counts = np.zeros(len(splits.classes))
+    for images in splits.parts.values():
+        for position in range(len(images)):
+            counts += np.bincount(cast(MaskDataset, images).mask(position).ravel(), minlength=len(counts))
+    return dict(zip(splits.classes, (counts / counts.sum()).tolist(), strict=True))
 
 
 def _ranges(splits: DataSplits) -> dict[str, tuple[float, float, float]]:

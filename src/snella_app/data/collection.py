@@ -369,17 +369,7 @@ def _labels(
         classes = samples.classes or []
         if not set(counts) <= set(classes):
             classes = _sort_names(counts)
-        rarest = {row: min(values[row], key=lambda name: (counts[name], name), default="none") for row in rows}
-        sizes = Counter(rarest.values())
-        names = [name for name in _sort_names(sizes) if sizes[name] >= _MIN_IN_STRATUM]
-        others_size = sum(size for name, size in sizes.items() if name not in names)
-        has_others = others_size >= _MIN_IN_STRATUM or not names
-        others_index = len(names)
-        if not has_others:  # rows that are too few for their own stratum join the largest one
-            others_index = names.index(max(names, key=sizes.__getitem__))
-        strata_names = [*names, "others"] if has_others and others_size else names
-        stratum_indices = {name: number for number, name in enumerate(names)}
-        strata_of_rows = {row: stratum_indices.get(name, others_index) for row, name in rarest.items()}
+        strata_of_rows, strata_names = rarest_label_strata({row: values[row] for row in rows})
         return strata_of_rows, classes, strata_names
     known = samples.classes or _sort_names({values[row] for row in rows})
     index = {name: number for number, name in enumerate(known)}
@@ -390,6 +380,34 @@ def _labels(
             f"{samples.names[unknown_row]}"
         )
     return {row: index[values[row]] for row in rows}, known, None
+
+
+def rarest_label_strata(labels: Mapping[int, Sequence[str]]) -> tuple[dict[int, int], list[str]]:
+    """Assign each row to the stratum of its rarest label, or to the stratum `none` if it has no label.
+
+    Strata with fewer than three rows are merged. If they are still too small together, they join the largest stratum.
+
+    Args:
+        labels: Labels by row.
+
+    Returns:
+        Stratum index by row, and the names of the strata.
+    """
+    counts = Counter(label for row_labels in labels.values() for label in row_labels)
+    rarest = {
+        row: min(row_labels, key=lambda name: (counts[name], name), default="none")
+        for row, row_labels in labels.items()
+    }
+    sizes = Counter(rarest.values())
+    names = [name for name in _sort_names(sizes) if sizes[name] >= _MIN_IN_STRATUM]
+    others_size = sum(size for name, size in sizes.items() if name not in names)
+    has_others = others_size >= _MIN_IN_STRATUM or not names
+    others_index = len(names)
+    if not has_others:
+        others_index = names.index(max(names, key=sizes.__getitem__))
+    strata_names = [*names, "others"] if has_others and others_size else names
+    stratum_indices = {name: number for number, name in enumerate(names)}
+    return {row: stratum_indices.get(name, others_index) for row, name in rarest.items()}, strata_names
 
 
 def _ranges(edges: np.ndarray) -> list[str]:

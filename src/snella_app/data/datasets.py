@@ -246,10 +246,20 @@ class MaskDataset(ImageDataset):
         masks: Source of the masks, with the same rows.
         rows: Selected rows of both sources, in order.
         names: Name of each selected image.
+        labels: Stratum index of each selected image; 0 by default.
+        annotations: Annotations whose targets are the names of the classes in each mask.
     """
 
-    def __init__(self, source: ImageSource, masks: ImageSource, rows: Sequence[int], names: Sequence[str]) -> None:
-        super().__init__(source, rows, [0] * len(rows), names)
+    def __init__(
+        self,
+        source: ImageSource,
+        masks: ImageSource,
+        rows: Sequence[int],
+        names: Sequence[str],
+        labels: Sequence[int] | None = None,
+        annotations: Annotations | None = None,
+    ) -> None:
+        super().__init__(source, rows, [0] * len(rows) if labels is None else labels, names, annotations)
         self.masks = masks
 
     def mask(self, index: int) -> np.ndarray:
@@ -293,10 +303,12 @@ def joined(first: ImageDataset, second: ImageDataset) -> ImageDataset:
     rows = [*first.rows, *(boundary + row for row in second.rows)]
     names = [*first.names, *second.names]
     source = JoinedSource(first.source, second.source, boundary)
-    if isinstance(first, MaskDataset) and isinstance(second, MaskDataset):
-        return MaskDataset(source, JoinedSource(first.masks, second.masks, boundary), rows, names)
     labels = [*first.labels, *second.labels]
-    return ImageDataset(source, rows, labels, names, first.annotations.joined(second.annotations))
+    annotations = first.annotations.joined(second.annotations)
+    if isinstance(first, MaskDataset) and isinstance(second, MaskDataset):
+        masks = JoinedSource(first.masks, second.masks, boundary)
+        return MaskDataset(source, masks, rows, names, labels, annotations)
+    return ImageDataset(source, rows, labels, names, annotations)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from snella_app.console import counted
 from snella_app.data.benchmarks import FGVC, VTAB
 from snella_app.data.columns import number_of
 from snella_app.data.copies import contradiction_warnings, copy_warnings
-from snella_app.data.datasets import Collection, ImageDataset, Target, joined, known_metadata
+from snella_app.data.datasets import Collection, ImageDataset, MaskDataset, Target, joined, known_metadata
 from snella_app.data.folder import load_folder
 from snella_app.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
 from snella_app.data.images import RGB, is_image
@@ -406,11 +406,13 @@ def _subsample(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int])
 
 
 def _missing_class_warnings(splits: DataSplits, target: TargetKind) -> list[str]:
-    """Return warnings about classes or labels missing from a split."""
+    """Return warnings about classes or labels missing from the training split, or only from another one."""
     if target == "numbers":
         return []
     messages = []
-    names = splits.label_names if target == "class" else splits.classes
+    has_one_class = target == "class" and not isinstance(splits.train, MaskDataset)
+    names = splits.label_names if has_one_class else splits.classes
+    expected = names
     noun, plural = ("class", "classes") if target == "class" else ("label", "labels")
     remedies = {
         "train": f"add training images or remove the {noun}",
@@ -418,11 +420,15 @@ def _missing_class_warnings(splits: DataSplits, target: TargetKind) -> list[str]
         "test": f"add test images, or test scores will ignore missing {plural}",
     }
     for part, images in splits.parts.items():
-        if target == "class":
+        if has_one_class:
             present = {names[label] for label in images.labels}
+        elif images.annotations.targets is None:
+            continue
         else:
-            present = {name for labels in images.annotations.targets or [] for name in cast(tuple[str, ...], labels)}
-        absent = [repr(name) for name in names if name not in present]
+            present = {name for labels in images.annotations.targets for name in cast(tuple[str, ...], labels)}
+        absent = [repr(name) for name in expected if name not in present]
+        if part == "train":
+            expected = [name for name in names if name in present]
         if not absent:
             continue
         missing = f"no {split_text(part)} images"

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from snella_app.console import counted
-from snella_app.data.datasets import Collection, MaskDataset
+from snella_app.data.collection import rarest_label_strata
+from snella_app.data.datasets import Annotations, Collection, MaskDataset
 from snella_app.data.folder import PARTS, existing_folder
 from snella_app.data.images import IMAGE_SUFFIXES, THRESHOLD, ImageMetadata, metadata_of, read_image, read_label_map
 from snella_app.data.options import DataConfig, TargetKind
@@ -17,8 +18,6 @@ from snella_app.data.sources import FileImages, FileMasks, decode_all
 from snella_app.text import listed
 
 BINARY_CLASSES = ["background", "foreground"]
-MASK_STRATA = ["image with a mask"]
-"""Names of the strata of images with masks. There is only one, so splits are not stratified."""
 _LAYOUT = "the expected layout is images/NAME.jpg and masks/NAME.png, or train, val and test folders with both"
 _CLASS_FILE = "classes.txt"
 _MAX_LABELS = 256
@@ -86,7 +85,7 @@ def collect_masks(
     class_names: list[str] | None,
     skip_corrupt: bool,
 ) -> Collection:
-    """Decode all pairs once and build a collection.
+    """Decode all pairs once and build a collection, whose strata are the rarest class of each mask.
 
     Args:
         spec: Data specification, for messages.
@@ -155,14 +154,22 @@ def collect_masks(
             f"{counted(thresholded, 'mask')} in a lossy format (JPEG, WebP, AVIF), which does not preserve labels: "
             f"values of at least {THRESHOLD} become {classes[1]!r}"
         )
+    present: dict[int, tuple[str, ...]] = {}
+    for row, check in enumerate(good.values()):
+        indices = {min(label, 1) for label in check.labels} if is_white_foreground else check.labels
+        present[row] = tuple(classes[index] for index in sorted(indices))
+    row_strata, strata = rarest_label_strata(present)
+    rows = {pair: row for row, pair in enumerate(good)}
     parts: dict[str, Any] = {}
     for part, split_pairs in readable.items():
         images = FileImages([pair.image for pair in split_pairs])
         images.metadata = {row: good[pair].metadata for row, pair in enumerate(split_pairs)}
         part_masks = FileMasks([pair.mask for pair in split_pairs], is_white_foreground=is_white_foreground)
         names = [pair.image.relative_to(root).as_posix() for pair in split_pairs]
-        parts[part] = MaskDataset(images, part_masks, range(len(names)), names)
-    return Collection(root.name, classes, **parts, notes=notes, strata=MASK_STRATA, broken=broken)
+        labels = [row_strata[rows[pair]] for pair in split_pairs]
+        annotations = Annotations([present[rows[pair]] for pair in split_pairs])
+        parts[part] = MaskDataset(images, part_masks, range(len(names)), names, labels, annotations)
+    return Collection(root.name, classes, **parts, notes=notes, strata=strata, broken=broken)
 
 
 def find_pairs(folder: Path, root: Path, errors: list[str]) -> list[MaskPair]:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snella_app.data.datasets import Collection, ImageDataset, MaskDataset
-from snella_app.data.masks import MASK_STRATA
+from snella_app.data.datasets import Annotations, Collection, ImageDataset, MaskDataset
 from snella_app.data.sources import ArrayImages, ArrayMasks, FileImages
 
 _HEADER_BYTES = 348  # the first entry of a NIfTI-1 header is the size of the header
@@ -227,9 +226,12 @@ def _slices(name: str, classes: list[str], head: np.ndarray, labels: np.ndarray)
         pixels = np.stack([_upright(head, z) for z in heights])
         masks = np.stack([_upright(labels, z) for z in heights])
         names = [f"{name}/z{z:03}" for z in heights]
-        splits[split] = MaskDataset(ArrayImages(pixels), ArrayMasks(masks), range(len(heights)), names)
+        annotations = Annotations([tuple(classes[label] for label in np.unique(mask)) for mask in masks])
+        splits[split] = MaskDataset(
+            ArrayImages(pixels), ArrayMasks(masks), range(len(heights)), names, annotations=annotations
+        )
     notes = [_SLAB_NOTE.format(name)]
-    return Collection(name, classes, splits["train"], splits["val"], splits["test"], True, notes, strata=MASK_STRATA)
+    return Collection(name, classes, splits["train"], splits["val"], splits["test"], True, notes, strata=["slice"])
 
 
 def _slabs() -> dict[str, list[int]]:

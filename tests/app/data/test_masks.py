@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image, features
+from rich.console import Console
 
 from snella_app.data.check import check_data
 from snella_app.data.images import read_label_map
@@ -150,6 +151,60 @@ def test_data_check_counts_unreadable_pairs(skip_corrupt, tmp_path):
     found, other = (check.notes, check.errors) if skip_corrupt else (check.errors, check.notes)
     assert len(found) == 1 and "1 unusable image" in found[0] and "003.png" in found[0]
     assert not other
+
+
+def _with_rare_classes(root):
+    """Write 40 pairs with the class `leaf` in nearly all masks, `stem` in 12, `root` in 3, and `flower` in none."""
+    write_pairs(root, 40, classes=4)
+    for index, file in enumerate(sorted((root / "masks").iterdir())):
+        labels = np.asarray(Image.open(file)).copy()
+        labels[(labels == 3) & (index >= 3)] = 0
+        labels[(labels == 2) & (index >= 12)] = 0
+        Image.fromarray(labels).save(file)
+    (root / "classes.txt").write_text("background\nleaf\nstem\nroot\nflower\n")
+    return root
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_splits_of_masks_are_stratified_by_the_rarest_class(seed, tmp_path):
+    data = load_data(f"masks:{_with_rare_classes(tmp_path / 'm')}", seed=seed)
+    for part in data.parts.values():
+        masks = [part.mask(index) for index in range(len(part))]
+        assert sum((mask == 3).any() for mask in masks) == 1
+        assert sum((mask == 2).any() for mask in masks) >= 2
+        for mask, names in zip(masks, part.annotations.targets, strict=True):
+            assert names == tuple(data.classes[label] for label in np.unique(mask))
+    assert data.warnings == ["class 'flower' has no training images; add training images or remove the class"]
+
+
+def test_a_class_missing_from_given_test_masks_is_a_warning(tmp_path):
+    root = tmp_path / "m"
+    write_pairs(root / "train", 12, classes=3)
+    write_pairs(root / "other", 24, classes=3)
+    shutil.move(root / "other", tmp_path / "other")
+    for kind in ("images", "masks"):
+        (root / "test" / kind).mkdir(parents=True)
+        for index in (20, 21):
+            shutil.copy(tmp_path / "other" / kind / f"{index:03}.png", root / "test" / kind)
+    for file in (root / "test" / "masks").iterdir():
+        labels = np.asarray(Image.open(file)).copy()
+        Image.fromarray(labels % 2).save(file)
+    (warning,) = load_data(f"masks:{root}").warnings
+    assert warning == (
+        "class 'class 2' has no test images; add test images, or test scores will ignore missing classes"
+    )
+
+
+def test_data_check_counts_images_and_pixels_of_each_class(tmp_path, capsys):
+    root = _with_rare_classes(tmp_path / "m")
+    check = check_data(f"masks:{root}")
+    masks = [np.asarray(Image.open(file)) for file in sorted((root / "masks").iterdir())]
+    for label, name in enumerate(check.splits.classes):
+        assert sum(check.counts[name].values()) == sum((mask == label).any() for mask in masks)
+        assert check.pixel_shares[name] == pytest.approx(np.mean([mask == label for mask in masks]))
+    check.print_summary(Console(width=100), "class")
+    table = capsys.readouterr().out
+    assert "pixels" in table and "images     │    24 │   8 │    8 │  40 │" in table
 
 
 def test_labels_beyond_the_named_classes_are_rejected(tmp_path):
