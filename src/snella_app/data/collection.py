@@ -382,21 +382,20 @@ def _labels(
     return {row: index[values[row]] for row in rows}, known, None
 
 
-def rarest_label_strata(labels: Mapping[int, Sequence[str]]) -> tuple[dict[int, int], list[str]]:
-    """Assign each row to the stratum of its rarest label, or to the stratum `none` if it has no label.
+def rarest_label_strata(labels: Mapping[Any, Sequence[str]]) -> tuple[dict[Any, int], list[str]]:
+    """Assign each image to the stratum of its rarest label, or to the stratum `none` if it has no label.
 
-    Strata with fewer than three rows are merged. If they are still too small together, they join the largest stratum.
+    Strata with fewer than three images are merged. If they are still too small together, they join the largest stratum.
 
     Args:
-        labels: Labels by row.
+        labels: Labels by image.
 
     Returns:
-        Stratum index by row, and the names of the strata.
+        Stratum index by image, and the names of the strata.
     """
-    counts = Counter(label for row_labels in labels.values() for label in row_labels)
+    counts = Counter(label for names in labels.values() for label in names)
     rarest = {
-        row: min(row_labels, key=lambda name: (counts[name], name), default="none")
-        for row, row_labels in labels.items()
+        image: min(names, key=lambda name: (counts[name], name), default="none") for image, names in labels.items()
     }
     sizes = Counter(rarest.values())
     names = [name for name in _sort_names(sizes) if sizes[name] >= _MIN_IN_STRATUM]
@@ -407,7 +406,7 @@ def rarest_label_strata(labels: Mapping[int, Sequence[str]]) -> tuple[dict[int, 
         others_index = names.index(max(names, key=sizes.__getitem__))
     strata_names = [*names, "others"] if has_others and others_size else names
     stratum_indices = {name: number for number, name in enumerate(names)}
-    return {row: stratum_indices.get(name, others_index) for row, name in rarest.items()}, strata_names
+    return {image: stratum_indices.get(name, others_index) for image, name in rarest.items()}, strata_names
 
 
 def _ranges(edges: np.ndarray) -> list[str]:

@@ -154,21 +154,20 @@ def collect_masks(
             f"{counted(thresholded, 'mask')} in a lossy format (JPEG, WebP, AVIF), which does not preserve labels: "
             f"values of at least {THRESHOLD} become {classes[1]!r}"
         )
-    present: dict[int, tuple[str, ...]] = {}
-    for row, check in enumerate(good.values()):
-        indices = {min(label, 1) for label in check.labels} if is_white_foreground else check.labels
-        present[row] = tuple(classes[index] for index in sorted(indices))
-    row_strata, strata = rarest_label_strata(present)
-    rows = {pair: row for row, pair in enumerate(good)}
+    present: dict[MaskPair, tuple[str, ...]] = {}
+    for pair, check in good.items():
+        indices = sorted({min(label, 1) if is_white_foreground else label for label in check.labels})
+        present[pair] = tuple(classes[index] for index in indices)
+    stratum_indices, strata = rarest_label_strata(present)
     parts: dict[str, Any] = {}
     for part, split_pairs in readable.items():
         images = FileImages([pair.image for pair in split_pairs])
         images.metadata = {row: good[pair].metadata for row, pair in enumerate(split_pairs)}
         part_masks = FileMasks([pair.mask for pair in split_pairs], is_white_foreground=is_white_foreground)
         names = [pair.image.relative_to(root).as_posix() for pair in split_pairs]
-        labels = [row_strata[rows[pair]] for pair in split_pairs]
-        annotations = Annotations([present[rows[pair]] for pair in split_pairs])
-        parts[part] = MaskDataset(images, part_masks, range(len(names)), names, labels, annotations)
+        indices = [stratum_indices[pair] for pair in split_pairs]
+        annotations = Annotations([present[pair] for pair in split_pairs])
+        parts[part] = MaskDataset(images, part_masks, range(len(names)), names, indices, annotations)
     return Collection(root.name, classes, **parts, notes=notes, strata=strata, broken=broken)
 
 

@@ -41,11 +41,16 @@ def mask_colors(count: int) -> np.ndarray:
     return (np.concatenate([np.zeros((1, 3)), colors])[:count] * 255).round().astype(np.uint8)
 
 
-def write_mask(labels: np.ndarray, path: Path) -> None:
-    """Atomically write labels `[height, width]` (uint8) as a palette PNG whose indices are the labels."""
+def mask_image(labels: np.ndarray) -> Image.Image:
+    """Return labels `[height, width]` (uint8) as a palette image whose indices are the labels."""
     image = Image.fromarray(labels.astype(np.uint8))
     image.putpalette(mask_colors(256).reshape(-1).tolist())
-    write_png(path, image, optimize=True)
+    return image
+
+
+def write_mask(labels: np.ndarray, path: Path) -> None:
+    """Atomically write labels `[height, width]` (uint8) as a palette PNG, see `mask_image`."""
+    write_png(path, mask_image(labels), optimize=True)
 
 
 def read_mask(path: Path) -> Image.Image:
@@ -131,6 +136,11 @@ def image_data_uri(image: Image.Image, max_side: int) -> tuple[str, int, int]:
     has_transparency = "A" in image.getbands() or "transparency" in image.info
     image = image.convert("RGBA" if has_transparency else "RGB")
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return png_data_uri(image), image.width, image.height
+
+
+def png_data_uri(image: Image.Image) -> str:
+    """Return an image as a PNG data URI, in its mode and size."""
     out = io.BytesIO()
     image.save(out, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii"), image.width, image.height
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")

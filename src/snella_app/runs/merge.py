@@ -18,6 +18,7 @@ from snella.compat.sparse_file import tensors_bytes
 from snella_app.backbones.checkpoint import WEIGHT_SUFFIXES
 from snella_app.backbones.create import model_arguments
 from snella_app.data.images import PILLOW_MODES
+from snella_app.data.options import FULL_WHITE
 from snella_app.files import check_new, create_folder, expand_user, write_bytes, write_json
 from snella_app.methods import merge_trained
 from snella_app.records.record import plain, record_from
@@ -291,9 +292,18 @@ def _final_head_file(path: Path) -> Path:
 
 def _use_lines(loaded: LoadedRun, path: Path) -> str:
     """Return the comment that explains the outputs, after code for the final head if the run has one."""
+    lines = _depth_comment(loaded)
     if loaded.probe is None:
-        return _decoding_comment(loaded)
-    return f"{_final_head_code(loaded.probe, _final_head_file(path))}\n{_decoding_comment(loaded, 'logits_of')}"
+        return lines + _decoding_comment(loaded)
+    return f"{_final_head_code(loaded.probe, _final_head_file(path))}\n{lines}{_decoding_comment(loaded, 'logits_of')}"
+
+
+def _depth_comment(loaded: LoadedRun) -> str:
+    """Return the comment on 16-bit images, or an empty string if Pillow does not read the images of the run."""
+    if loaded.info.backbone.channels not in PILLOW_MODES:
+        return ""
+    white = loaded.info.data.white or FULL_WHITE
+    return f"# Pillow clips 16-bit values at 255, so multiply them by 255 / {white} before convert()\n"
 
 
 def _final_head_code(probe: LayerProbe, path: Path) -> str:

@@ -28,7 +28,6 @@ from rich.console import Console
 from snella_app.console import make_console, print_line
 from snella_app.data.images import PILLOW_MODES, Reading, array_pixels, open_image
 from snella_app.runs.predict import Predictor, Unsure, load
-from snella_app.tasks.predictions import Prediction
 from snella_app.text import utf8_text
 
 _EXTRA = "the server needs fastapi, uvicorn and python-multipart: pip install 'snella[serve]'"
@@ -133,15 +132,22 @@ def create_app(
     """Create the web application with `GET /`, `GET /health`, `GET /docs`, and `POST /predict`.
 
     `POST /predict` takes images in the form field `files`. The response has one entry per file, in order, with `name`
-    and `text`. For nominal or ordinal classes, an entry also has `label`, `probability`, and `probabilities`, and
-    `unsure` if there is a threshold. The entry of a file without a prediction has `name` and `error`. Status codes:
+    and `text`. The other fields of an entry depend on the task:
+
+    - nominal or ordinal classes: `label`, `probability`, `probabilities` by class, and `unsure` if there is a threshold
+    - multi-label: `labels` and `probabilities` by class
+    - regression: `values` by target
+    - segmentation: `shares` of the pixels by class, and `mask`, a data URI of a PNG whose palette indices are the
+      labels
+
+    The entry of a file without a prediction has `name` and `error`. Status codes:
 
     - 200: at least one file has a prediction.
     - 400: the `Host` header is neither a name of this server nor an IP address.
     - 408: the request took longer than ten minutes.
     - 411: a POST request has no valid Content-Length header.
     - 413: the request as a whole exceeds a limit. (If only a file does, its entry has `error`.)
-    - 422: no file has a prediction, or the form has no `files`.
+    - 422: no file has a prediction, the form has no `files`, or the URL has query parameters.
     - 503: the server is busy with other requests.
 
     Args:
@@ -225,7 +231,8 @@ def create_app(
     @app.exception_handler(RequestValidationError)
     async def explain_form(request: Request, error: RequestValidationError) -> Any:
         """Return the response for a form without files."""
-        fields = ", ".join(map(repr, error.body)) if isinstance(error.body, Mapping) and error.body else "no field"
+        body = error.body if isinstance(error.body, Mapping) else {}
+        fields = "text in 'files'" if "files" in body else ", ".join(map(repr, body)) or "no field"
         example = f"curl -F files=@photo.jpg {request.base_url}predict"
         return JSONResponse({"error": f"images must be files in the form field 'files', got {fields}; {example}"}, 422)
 
@@ -248,6 +255,11 @@ def create_app(
     @app.post("/predict")
     def predict(request: Request, files: list[UploadFile]) -> Any:
         """Run prediction on images, each a file in the form field `files`."""
+        if request.query_params:
+            names = ", ".join(map(repr, request.query_params))
+            return JSONResponse(
+                {"error": f"the URL must have no query parameters, got {names}; options are set by snella serve"}, 422
+            )
         if len(files) > limits.files:
             return JSONResponse({"error": f"a request must have at most {limits.files} files, got {len(files)}"}, 413)
         entries: list[dict[str, Any]] = []
@@ -275,7 +287,7 @@ def create_app(
             )
             for prediction in predictions:
                 entry = entries[accepted[_index(prediction.path)]]
-                entry.update(_prediction_json(model, prediction))
+                entry.update(_utf8({"text": prediction.text(), **prediction.fields()}))
         for path, reason in failed.items():
             entries[accepted[_index(path)]]["error"] = f"not a readable image: {reason}"
         any_predicted = any("error" not in entry for entry in entries)
@@ -408,6 +420,8 @@ def _checked_pixels(file: Any, limits: ServerLimits, reading: Reading) -> float:
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
+    if not size:
+        raise ValueError("the file is empty")
     if size > limits.mib * 2**20:
         raise ValueError(f"a file must have at most {limits.mib:g} MiB")
     pixels = 0.0
@@ -436,17 +450,10 @@ def _index(path: Path) -> int:
     return int(str(path)[1:-1])
 
 
-def _prediction_json(model: Predictor, prediction: Any) -> dict[str, Any]:
-    """Convert a prediction to the fields of its entry in the response to `POST /predict`."""
-    text = utf8_text(prediction.text())
-    if not isinstance(prediction, Prediction):
-        return {"text": text}
-    content: dict[str, Any] = {
-        "text": text,
-        "label": utf8_text(prediction.label),
-        "probability": round(prediction.probability, 6),
-    }
-    if prediction.unsure_below is not None:
-        content["unsure"] = prediction.is_unsure
-    content["probabilities"] = {utf8_text(name): round(p, 6) for name, p in prediction.ranking}
-    return content
+def _utf8(value: Any) -> Any:
+    """Return a JSON value whose strings, including names, are valid UTF-8."""
+    if isinstance(value, dict):
+        return {utf8_text(name): _utf8(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_utf8(entry) for entry in value]
+    return utf8_text(value) if isinstance(value, str) else value

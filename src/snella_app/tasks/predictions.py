@@ -13,7 +13,7 @@ import numpy as np
 from snella_app.data.images import read_image
 from snella_app.files import check_new, create_folder, write_bytes, write_png
 from snella_app.records.record import plain
-from snella_app.report.examples import overlay, write_mask
+from snella_app.report.examples import mask_image, overlay, png_data_uri, write_mask
 from snella_app.text import utf8_text
 
 _OVERLAYS = "overlays"
@@ -43,6 +43,10 @@ class MaskPrediction:
         """Format the nonzero class fractions as one line, largest first."""
         shares = sorted(self.shares.items(), key=lambda pair: -pair[1])
         return ", ".join(f"{name} {share:.1%}" for name, share in shares if share > 0)
+
+    def fields(self) -> dict[str, Any]:
+        """Return `shares` and `mask`, a data URI of a PNG whose palette indices are the labels."""
+        return {"shares": _rounded(self.shares), "mask": png_data_uri(mask_image(self.labels))}
 
 
 def write_mask_predictions(
@@ -162,6 +166,15 @@ class Prediction:
         unsure = {} if self.unsure_below is None else {"unsure": self.is_unsure}
         others = _ranked(self.ranking[1 : top_k or 1], first=2)
         return {"label": self.label, "probability": round(self.probability, 6), **unsure, **others}
+
+    def fields(self) -> dict[str, Any]:
+        """Return `label`, `probability`, `unsure` (if there is a threshold), and `probabilities` of all classes."""
+        return {**self.row(), "probabilities": _rounded(self.probabilities)}
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    """Return probabilities rounded to six decimals."""
+    return {name: round(value, 6) for name, value in values.items()}
 
 
 def _ranked(ranking: Sequence[tuple[str, float]], first: int = 1) -> Row:
@@ -318,9 +331,12 @@ class LabelSetPrediction:
 
     def row(self, top_k: int | None = None) -> Row:
         """Return `labels`, and the probabilities of all classes or the top-k classes."""
-        rounded = {name: round(p, 6) for name, p in self.probabilities.items()}
-        class_columns = _with_unique_names(rounded, ("image", "labels"), "_probability")
+        class_columns = _with_unique_names(_rounded(self.probabilities), ("image", "labels"), "_probability")
         return {"labels": self.labels, **(class_columns if top_k is None else _ranked(self.ranking[:top_k]))}
+
+    def fields(self) -> dict[str, Any]:
+        """Return `labels`, and `probabilities` of all classes."""
+        return {"labels": self.labels, "probabilities": _rounded(self.probabilities)}
 
 
 @dataclass(frozen=True)
@@ -341,6 +357,8 @@ class NumberPrediction:
 
     def row(self, top_k: int | None = None) -> Row:
         """Return one column per target."""
-        return _with_unique_names(
-            {name: float(f"{value:.7g}") for name, value in self.values.items()}, ("image",), "_value"
-        )
+        return _with_unique_names(self.fields()["values"], ("image",), "_value")
+
+    def fields(self) -> dict[str, Any]:
+        """Return `values`, the value of each target with seven significant digits."""
+        return {"values": {name: float(f"{value:.7g}") for name, value in self.values.items()}}

@@ -57,7 +57,7 @@ def served(app):
 LOG = []
 
 
-def post(address, files, field="files", **headers):
+def post(address, files, field="files", query="", **headers):
     """Post a form with files; return status and JSON."""
     body = io.BytesIO()
     for name, content in files:
@@ -65,7 +65,7 @@ def post(address, files, field="files", **headers):
         body.write(head.encode() + content + b"\r\n")
     body.write(b"--x--\r\n")
     request = urllib.request.Request(
-        f"{address}/predict", body.getvalue(), {"Content-Type": "multipart/form-data; boundary=x", **headers}
+        f"{address}/predict{query}", body.getvalue(), {"Content-Type": "multipart/form-data; boundary=x", **headers}
     )
     try:
         with urllib.request.urlopen(request) as answer:
@@ -117,6 +117,7 @@ def test_a_broken_file_does_not_affect_others(address, photos):
     assert status == 200 and "not a readable image" in first["error"] and "not a readable image" in third["error"]
     assert "error" not in second and second["label"] in ("cats", "dogs", "owls")
     assert post(address, [("a.txt", b"no image")])[0] == 422
+    assert post(address, [("a.png", b"")])[1]["predictions"] == [{"name": "a.png", "error": "the file is empty"}]
 
 
 @pytest.mark.parametrize(
@@ -219,9 +220,20 @@ def test_a_form_without_files_names_the_field(address, photos):
     expected = f"images must be files in the form field 'files', got 'file'; curl -F files=@photo.jpg {address}/predict"
     assert post(address, [small], field="file") == (422, {"error": expected})
     assert "got no field; curl" in post(address, [])[1]["error"]
+    body = b'--x\r\nContent-Disposition: form-data; name="files"\r\n\r\na.png\r\n--x--\r\n'
+    request = urllib.request.Request(f"{address}/predict", body, {"Content-Type": "multipart/form-data; boundary=x"})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request)
+    assert "got text in 'files'; curl -F files=@photo.jpg" in json.load(error.value)["error"]
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(f"{address}/nowhere")
     assert json.load(error.value) == {"error": "Not Found; available: /, /health, /docs and POST /predict"}
+
+
+def test_query_parameters_are_rejected(address, photos):
+    small = ("a.png", (photos / "cats" / "003.png").read_bytes())
+    expected = "the URL must have no query parameters, got 'tta', 'top_k'; options are set by snella serve"
+    assert post(address, [small], query="?tta=4&top_k=1") == (422, {"error": expected})
 
 
 def test_each_response_is_logged(address, photos):

@@ -17,11 +17,14 @@ from snella_app.runs.evaluate import evaluate
 from snella_app.runs.export import export
 from snella_app.runs.merge import merge
 from snella_app.runs.predict import load
+from snella_app.runs.serve import create_app
 from snella_app.tasks import RegressionTask, task_class
 from snella_app.tasks.predictions import write_predictions
 from snella_app.training.build import EpochSampler
 from snella_app.training.session import InterruptCallback, TrainingInterrupted
 from snella_app.training.train import train
+
+from .test_serve import post, served
 
 QUIET = Console(file=io.StringIO(), width=200)
 TINY = {
@@ -99,6 +102,7 @@ def test_a_merged_model_with_its_decoding_comment_matches_predict(make_run, tabl
     path = table.parent / "03.png"
     prediction = load(run.path).predict([path])[0]
     *lines, use = merge(run.path, tmp_path / "model").snippet.splitlines()
+    assert lines[-1] == "# Pillow clips 16-bit values at 255, so multiply them by 255 / 65535 before convert()"
     scope = {"image": Image.open(path)}
     exec("\n".join(lines), scope)
     with torch.no_grad():
@@ -110,6 +114,25 @@ def test_a_merged_model_with_its_decoding_comment_matches_predict(make_run, tabl
     else:
         assert result.tolist() == pytest.approx(list(prediction.values.values()), rel=1e-4)
     assert use in merge(run.path, tmp_path / "model.safetensors").snippet
+
+
+@pytest.mark.parametrize(("task", "label"), TASKS.items())
+def test_the_server_returns_the_values_of_predict(make_run, table, task, label):
+    model = load(make_run(task, label).path)
+    path = table.parent / "03.png"
+    (expected,) = model.predict([path])
+    with served(create_app(model)) as address:
+        status, answer = post(address, [(path.name, path.read_bytes())])
+    (entry,) = answer["predictions"]
+    assert status == 200 and entry.pop("name") == "03.png" and entry.pop("text") == expected.text()
+    numbers = expected.values if task == "regression" else expected.probabilities
+    assert entry.pop("values" if task == "regression" else "probabilities") == pytest.approx(
+        numbers, rel=1e-5, abs=1e-5
+    )
+    if task == "ordinal":
+        assert entry.pop("probability") == pytest.approx(expected.probability, abs=1e-5)
+    remaining = {"multilabel": ("labels",), "ordinal": ("label",), "regression": ()}[task]
+    assert entry == {name: getattr(expected, name) for name in remaining}
 
 
 @pytest.mark.parametrize(("task", "label"), TASKS.items())

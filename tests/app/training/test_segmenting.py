@@ -1,5 +1,7 @@
 """Segmentation through the command line: train, evaluate, predict, inspect, merge."""
 
+import base64
+import io
 import json
 import shutil
 from pathlib import Path
@@ -21,10 +23,13 @@ from snella_app.report.examples import read_mask
 from snella_app.runs import load_merged, load_run
 from snella_app.runs.export import export
 from snella_app.runs.model import make_backbone
+from snella_app.runs.predict import load
+from snella_app.runs.serve import create_app
 from snella_app.training.train import train
 
 from ..backbones.test_sam import tiny_config
 from ..data.mask_folders import write_pairs
+from ..runs.test_serve import post, served
 
 TINY = ["--backbone", "test_vit", "--pretrained", "false", "--img-size", "32", "--device", "cpu", "--progress", "false"]
 
@@ -59,6 +64,19 @@ def test_a_run_stores_dice_and_predicted_masks(run):
     items = json.loads((run / "predictions.json").read_text())["items"]
     with_mask = [item for item in items if item["mask"]]
     assert len(with_mask) == min(12, len(items)) and all((run / item["mask"]).is_file() for item in with_mask)
+
+
+def test_the_server_returns_masks_and_shares(run, folder):
+    model = load(run)
+    path = folder / "images" / "003.png"
+    with served(create_app(model)) as address:
+        status, answer = post(address, [(path.name, path.read_bytes())])
+    (entry,) = answer["predictions"]
+    (expected,) = model.predict([path])
+    head, _, data = entry["mask"].partition(",")
+    assert status == 200 and head == "data:image/png;base64" and entry.keys() == {"name", "text", "shares", "mask"}
+    assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) == expected.labels).all()
+    assert entry["shares"] == pytest.approx(expected.shares, abs=1e-6)
 
 
 def test_stored_masks_reproduce_their_dice(run, folder):
