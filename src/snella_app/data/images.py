@@ -118,7 +118,7 @@ def decode_image(file: File, name: str, reading: Reading = RGB) -> Any:
     with _image_errors(name, file):
         check_regular(file)
         if reading.channels not in PILLOW_MODES:
-            return tv_tensors.Image(_array_tensor(_read_array(file, reading.channels), reading.white))
+            return tv_tensors.Image(array_tensor(_read_array(file, reading.channels), reading.white))
         with open_image(file) as image:
             draft_factor = _reduction(image, reading)
             if draft_factor > 1:  # JPEGs are scaled while they are decoded, which is faster than averaging
@@ -148,7 +148,7 @@ def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageMetadat
         brightest: float | None = None
         if reading.channels not in PILLOW_MODES:
             values = _read_array(file, reading.channels)
-            array = _array_tensor(values, reading.white)
+            array = array_tensor(values, reading.white)
             bits = "8" if array.dtype == torch.uint8 else "16 or more"
             mode = f"{reading.channels} channels of {bits} bits"
             metadata = metadata_of(to_pil_image(first_channels(array)), mode, "array")
@@ -289,7 +289,7 @@ def _read_array(file: File, channels: int) -> np.ndarray:
     return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
-def _array_tensor(values: np.ndarray, white: int) -> Tensor:
+def array_tensor(values: np.ndarray, white: int) -> Tensor:
     """Convert an array to a tensor of dtype uint8, or float32 in [0, 1].
 
     uint16 values become fractions of `white`, at most 1. Other integers, and floats outside [0, 1], raise ValueError.
@@ -385,6 +385,12 @@ def to_channels(image: Image.Image, reading: Reading) -> Image.Image:
     return colors if reading.channels == 3 else colors.convert(PILLOW_MODES[reading.channels])
 
 
+def eight_bits(values: np.ndarray, white: int) -> np.ndarray:
+    """Scale 16-bit values to uint8 so that `white` maps to 255, and clip them."""
+    scaled = values >> 8 if white == FULL_WHITE else (values.astype(np.float32) * (255 / white)).round()
+    return scaled.clip(0, 255).astype(np.uint8)
+
+
 def is_image(path: Path) -> bool:
     """Return whether a file is an image, by suffix or content.
 
@@ -423,13 +429,10 @@ def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
         values = np.asarray(image)
         # mode I has 32 bits, so only the values show whether the content has 8 or 16 bits
         is_deep = values.max(initial=0) > 255 or image.mode != "I"
-        if white == FULL_WHITE:
-            eight_bit = values >> 8 if is_deep else values
-        else:
-            eight_bit = (values.astype(np.float32) * (255 / white)).round() if is_deep else values
+        gray = eight_bits(values, white) if is_deep else values.clip(0).astype(np.uint8)
         if "transparency" in image.info:
-            eight_bit = np.where(values == image.info["transparency"], 255, eight_bit)
-        return Image.fromarray(np.clip(eight_bit, 0, 255).astype(np.uint8)).convert("RGB")
+            gray = np.where(values == image.info["transparency"], np.uint8(255), gray)
+        return Image.fromarray(gray).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         colors = image.convert("RGBA")
         background = Image.new("RGBA", colors.size, "white")

@@ -23,7 +23,7 @@ from snella_app.data.datasets import Collection, ImageDataset, MaskDataset, Targ
 from snella_app.data.folder import load_folder
 from snella_app.data.hub import PYTHON_PREFIX, from_python, load_hf, load_wds
 from snella_app.data.images import RGB, is_image
-from snella_app.data.masks import load_kvasir, load_masks
+from snella_app.data.masks import NO_MASKS, load_kvasir, load_masks
 from snella_app.data.options import DataConfig, TargetKind
 from snella_app.data.splits import fold_split, grouped_split, merge_strata, stratified_sample, stratified_split
 from snella_app.data.table import load_table
@@ -177,9 +177,9 @@ def load_data(
         config: Columns, image format, handling of broken images, splits and their sizes; other fields do not apply.
         seed: Seed for splitting, subsampling and augmentation, in [0, 2^32); test images use `config.test_seed` if set.
         target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
-            (`numbers`, with column names as `classes`). `ImageDataset.labels` contains class indices for `class`, and
-            strata (see `build_collection`) otherwise; `ImageDataset.annotations` contains raw values, weights and
-            groups.
+            (`numbers`, with column names as `classes`); `masks` requires images with masks. `ImageDataset.labels`
+            contains class indices for `class`, and strata (see `build_collection`) otherwise;
+            `ImageDataset.annotations` contains raw values, weights and groups.
         divide: If False, create no splits except a fold, and accept data that cannot be used for training.
 
     Raises:
@@ -238,9 +238,13 @@ def with_class_order(splits: DataSplits, classes: list[str]) -> DataSplits:
 def _read(spec: Any, config: DataConfig, target: TargetKind) -> Collection:
     """Read the data with its existing splits."""
     if not isinstance(spec, str | Path):
+        if target == "masks":
+            raise ValueError(NO_MASKS.format(f"{PYTHON_PREFIX}data"))
         return from_python(spec, config, target)
     spec = full_spec(str(spec))
     prefix, path = split_spec(spec)
+    if target == "masks" and prefix in (_FOLDER, *_TABLES):
+        raise ValueError(NO_MASKS.format(spec))
     if prefix == PYTHON_PREFIX:
         raise ValueError(f"data {spec} is a Python object; pass it to train or evaluate with data=...")
     if config.columns is not None and prefix not in _TABLES:
@@ -261,7 +265,7 @@ def _read(spec: Any, config: DataConfig, target: TargetKind) -> Collection:
     else:
         known = ", ".join(data_names())
         raise ValueError(f"data must be a folder, a table or one of {known}, got {spec!r}{_data_hint(spec)}")
-    return collection if target == "class" else _as_target(collection, target, spec)
+    return collection if target in ("class", "masks") else _as_target(collection, target, spec)
 
 
 def _data_hint(spec: str) -> str:
@@ -410,10 +414,10 @@ def _missing_class_warnings(splits: DataSplits, target: TargetKind) -> list[str]
     if target == "numbers":
         return []
     messages = []
-    has_one_class = target == "class" and not isinstance(splits.train, MaskDataset)
+    has_one_class = target in ("class", "masks") and not isinstance(splits.train, MaskDataset)
     names = splits.label_names if has_one_class else splits.classes
     expected = names
-    noun, plural = ("class", "classes") if target == "class" else ("label", "labels")
+    noun, plural = ("label", "labels") if target == "labels" else ("class", "classes")
     remedies = {
         "train": f"add training images or remove the {noun}",
         "val": f"add validation images, or epoch selection will ignore missing {plural}",

@@ -18,6 +18,10 @@ from snella_app.data.sources import FileImages, FileMasks, decode_all
 from snella_app.text import listed
 
 BINARY_CLASSES = ["background", "foreground"]
+NO_MASKS = (
+    "data must be images with masks for task segmentation, e.g. masks:PATH, got {!r}; omit --task for labeled images"
+)
+"""Error for data without masks, with a placeholder for the specification."""
 _LAYOUT = "the expected layout is images/NAME.jpg and masks/NAME.png, or train, val and test folders with both"
 _CLASS_FILE = "classes.txt"
 _MAX_LABELS = 256

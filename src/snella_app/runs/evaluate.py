@@ -267,7 +267,7 @@ def images_for_run(
     splits, is_run_data = _load_splits(loaded, data, split, skip_corrupt, columns)
     chosen = _resolve_split(split, splits) if is_run_data or split != "auto" else "all"
     loaded.task.check_data(splits.train, _spec(loaded, data))
-    if loaded.task.target != "class":
+    if loaded.task.target in ("labels", "numbers"):
         splits = encode_targets(splits, create_task(loaded.task.name, splits.classes))
     datasets = read_at_side(_datasets_of(splits, chosen), loaded.reading.side)
     return splits, chosen, [dataset.with_transform(loaded.transform) for dataset in datasets]

@@ -18,6 +18,8 @@ from snella_app.runs.model import LoadedRun
 MAX_RELATIVE_ERROR = 1e-4
 """Maximum error of exported outputs relative to the largest output; allows for rounding in float32."""
 _TWO_GIB = 2**31
+_MIN_OPSET = 18
+"""Smallest opset version that torch's exporter writes."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def export_onnx(
     """
     import onnxruntime
 
+    if opset is not None and opset < _MIN_OPSET:
+        raise ValueError(f"opset must be at least {_MIN_OPSET}, got {opset}; omit it for the exporter's default")
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size >= _TWO_GIB:
         raise ValueError(
@@ -78,7 +82,10 @@ def export_onnx(
     proto = program.model_proto
     exported_opset = max(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if opset not in (None, exported_opset):
-        raise ValueError(f"opset must be {exported_opset} for this model, got {opset}")
+        raise ValueError(
+            f"opset={opset} is not supported by torch {torch.__version__}'s exporter, which wrote {exported_opset}; "
+            "omit it for the default"
+        )
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value)
     content = proto.SerializeToString()

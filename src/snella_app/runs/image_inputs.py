@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
@@ -26,7 +25,9 @@ from snella_app.data.images import (
     PILLOW_MODES,
     RGB,
     Reading,
+    array_tensor,
     decode_image,
+    eight_bits,
     is_image,
     read_image,
     to_channels,
@@ -38,8 +39,9 @@ from snella_app.text import listed, similar_paths
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """One image: a file, its bytes, a PIL image, an array `[height, width]` or `[height, width, channels]`, or a tensor
-`[height, width]` or `[channels, height, width]`. Values are 0 to 255 (uint8) or 0 to 1 (floating point). Models with 1,
-3, or 4 channels accept any of these channel counts. Other models require their own count and reject PIL images."""
+`[height, width]` or `[channels, height, width]`. Values are 0 to 255 (uint8), 0 to white (uint16), or 0 to 1 (floating
+point). Models with 1, 3, or 4 channels accept any of these channel counts. Other models require their own count and
+reject PIL images."""
 
 _PATTERN_CHARS = "*?["
 _POLL_S = 0.5  # seconds between polls of watched folders
@@ -183,7 +185,7 @@ def read_input(image: Any, name: str, reading: Reading = RGB) -> Any:
         except DECODING_ERRORS as error:
             raise ValueError(f"{name!r} is not a readable image: {error or type(error).__name__}") from error
     if isinstance(image, np.ndarray | Tensor):
-        return _from_array(image, name, reading.channels)
+        return _from_array(image, name, reading)
     pil_text = "PIL images, " if reading.channels in PILLOW_MODES else ""
     raise TypeError(f"images must be files, bytes, {pil_text}arrays or tensors, got {type(image).__name__} for {name}")
 
@@ -275,8 +277,9 @@ def _require_all(paths: Iterable[Path]) -> list[Path]:
     )
 
 
-def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
-    """Convert a channels-last array or a channels-first tensor to an image with the given number of channels."""
+def _from_array(image: np.ndarray | Tensor, name: str, reading: Reading) -> Any:
+    """Convert a channels-last array or a channels-first tensor to an image with the channels of `reading`."""
+    channels = reading.channels
     shape = list(image.shape)
     if isinstance(image, Tensor):
         tensor = image.detach().cpu()
@@ -305,11 +308,14 @@ def _from_array(image: np.ndarray | Tensor, name: str, channels: int) -> Any:
                 f"floating-point images must have values from 0 to 1, got {low:g} to {high:g} for {name}; pass the "
                 "image before normalization, or 0 to 255 as uint8"
             )
-    elif values.dtype != np.uint8:
-        raise ValueError(f"an image must be uint8 or floating point (from 0 to 1), got {values.dtype} for {name}")
+    elif values.dtype not in (np.uint8, np.uint16):
+        raise ValueError(
+            f"an image must be uint8, uint16 or floating point (from 0 to 1), got {values.dtype} for {name}"
+        )
     if channels not in PILLOW_MODES:
-        array = values if values.dtype == np.uint8 else values.astype(np.float32)
-        return tv_tensors.Image(torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0))))
+        return tv_tensors.Image(array_tensor(np.moveaxis(values, -1, 0), reading.white))
+    if values.dtype == np.uint16:
+        values = eight_bits(values, reading.white)
     pixels = values if values.dtype == np.uint8 else (values * 255).round().astype(np.uint8)
     pixels = pixels[..., 0] if pixels.ndim == 3 and num_channels == 1 else pixels
     return to_channels(Image.fromarray(np.ascontiguousarray(pixels)), Reading(channels))

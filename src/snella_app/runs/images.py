@@ -153,7 +153,8 @@ def load_run_splits(run: RunFolder, data: DataInfo, **changes: Any) -> DataSplit
 
 def encode_targets(splits: DataSplits, task: Task) -> DataSplits:
     """Return the splits with targets encoded for the task's loss, and with sample weights for the training images."""
-    encode = None if task.target == "class" else task.encode  # class indices need no encoding
+    has_annotations = task.target in ("labels", "numbers")  # class indices and masks need no encoding
+    encode = task.encode if has_annotations else None
     parts: dict[str, Any] = {}
     for name, dataset in splits.parts.items():
         parts[name] = dataset.with_targets(encode, is_weighted=name == "train")

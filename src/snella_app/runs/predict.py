@@ -226,8 +226,11 @@ class Predictor:
             except ValueError as error:
                 if skip_corrupt:
                     return name, str(error).partition(" is not a readable image: ")[2] or str(error)
-                hint = "" if skip_corrupt is None else ", or pass --skip-corrupt (skip_corrupt=True)"
-                raise ValueError(f"{error}; remove it{hint}") from error
+                remedies = ["remove it"] if isinstance(entry[1], str | Path) else []
+                if skip_corrupt is not None:
+                    remedies.append("pass --skip-corrupt (skip_corrupt=True)")
+                hint = f"; {', or '.join(remedies)}" if remedies else ""
+                raise ValueError(f"{error}{hint}") from error
             return name, image, self.loaded.transform(image)
 
         entries = iter(enumerate(images))

@@ -91,7 +91,10 @@ def _check_mask_path(folder: Path, image: Path) -> None:
 
 def _add_name(names: dict[str, Path], image: Path) -> None:
     """Add the stem of an image to `names`; raise ValueError if another image has it."""
-    if (other := names.setdefault(image.stem, image)) is not image:
+    other = names.setdefault(image.stem, image)
+    if other is not image and other.resolve() == image.resolve():
+        raise ValueError(f"images must be different files, got {image} twice")
+    if other is not image:
         raise ValueError(f"image names must be unique, got {other} and {image}; use separate output folders")
 
 

@@ -18,6 +18,8 @@ from snella.ops import widest_dtype
 from snella_app.backbones.segmenter import DECODER, create_segmenter
 from snella_app.console import make_table
 from snella_app.data.datasets import ImageDataset, MaskDataset
+from snella_app.data.masks import NO_MASKS
+from snella_app.data.options import TargetKind
 from snella_app.records.predictions import MaskPredictions, StoredMaskPrediction
 from snella_app.report.examples import ImageLoader, overlay_panels, read_mask, write_mask
 from snella_app.tasks.predictions import MaskPrediction, check_mask_output, write_mask_predictions
@@ -212,6 +214,7 @@ class SegmentationTask(Task):
 
     name: ClassVar[str] = "segmentation"
     head: ClassVar[str | None] = DECODER
+    target: ClassVar[TargetKind] = "masks"
     augment: ClassVar[str] = "flip"
     settings: ClassVar[tuple[str, ...]] = ("label_smoothing", "mask_loss")
     monitors: ClassVar[Mapping[str, int]] = {**dict.fromkeys(_SCORES, 1), "loss": -1}
@@ -232,10 +235,7 @@ class SegmentationTask(Task):
     def check_data(self, dataset: ImageDataset, spec: str) -> None:
         """Raise ValueError if the images have no masks."""
         if not isinstance(dataset, MaskDataset):
-            raise ValueError(
-                f"data must be images with masks for task segmentation, e.g. masks:PATH, got {spec!r}; "
-                "omit --task for labeled images"
-            )
+            raise ValueError(NO_MASKS.format(spec))
 
     def collate(self, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
         """Collate images and masks; `labels` is `[batch, height, width]`, int64."""

@@ -179,9 +179,10 @@ def _cells(results: FoldResults) -> tuple[list[str], list[list[str]]]:
         for name in common_names:
             values = [fold_scores[name] for fold_scores in scores]
             columns.append(f"{split} {name.replace('_', ' ')}")
+            digits, mean_digits = (0, 1) if name == "images" else (4, 4)
             for cells, value in zip(rows, values, strict=True):
-                cells.append(f"{value:.4f}")
-            mean_row.append(f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}")
+                cells.append(f"{value:.{digits}f}")
+            mean_row.append(f"{statistics.fmean(values):.{mean_digits}f} ± {statistics.stdev(values):.{mean_digits}f}")
     for cells, row in zip(rows, results.rows, strict=True):
         cells.append("–" if row.best_epoch is None else str(row.best_epoch))
     return [*columns, "best epoch"], [*rows, [*mean_row, ""]]

@@ -21,12 +21,14 @@ from PIL import Image
 
 import snella
 from snella_app.console import make_console
+from snella_app.data.images import read_image
+from snella_app.data.options import Reading
 from snella_app.methods import build_method
 from snella_app.records.record import plain
 from snella_app.records.run import Calibration
 from snella_app.runs import RunFolder
 from snella_app.runs.evaluate import evaluate
-from snella_app.runs.image_inputs import expand, new_files
+from snella_app.runs.image_inputs import expand, new_files, read_input
 from snella_app.runs.layer_probe import LayerProbe, linear_head, probed_layers
 from snella_app.runs.predict import Predictor, _head, check_shape, load
 from snella_app.runs.prediction_files import _collect_signals, predict_to_files, write_features
@@ -80,6 +82,20 @@ def test_gray_and_transparent_arrays_are_converted_like_files(model):
     assert_same(model.predict(clear), model.predict(np.full((8, 8, 3), 255, np.uint8)))
 
 
+@pytest.mark.parametrize("white", [65535, 4095])
+def test_16_bit_arrays_are_converted_like_files(white, tmp_path):
+    values = np.linspace(0, white, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "gray.png")
+    reading = Reading(white=white)
+    expected = np.asarray(read_image(tmp_path / "gray.png", reading))
+    colors = np.stack([values] * 3, axis=2)
+    for array in (values, colors, torch.from_numpy(values), torch.from_numpy(np.moveaxis(colors, 2, 0).copy())):
+        assert (np.asarray(read_input(array, "[0]", reading)) == expected).all()
+    many = np.stack([values] * 5, axis=2)
+    tensor = read_input(many, "[0]", Reading(channels=5, white=white))
+    assert tensor.shape == (5, 8, 8) and tensor[2] == pytest.approx(values / white)
+
+
 def test_one_image_gives_one_prediction_and_several_a_list(model, photos):
     batch = torch.rand(3, 3, 32, 32)
     together = model.predict(batch)
@@ -93,7 +109,7 @@ def test_one_image_gives_one_prediction_and_several_a_list(model, photos):
     ("image", "error", "message"),
     [
         (torch.zeros(2, 8, 8), ValueError, r"\[1, 3 or 4, height, width\] as a tensor, got \[2, 8, 8\] for \[0\]"),
-        (np.zeros((8, 8, 3), np.int64), ValueError, r"must be uint8 or floating point \(from 0 to 1\), got int64"),
+        (np.zeros((8, 8, 3), np.int64), ValueError, r"uint8, uint16 or floating point .*, got int64 for \[0\]$"),
         (torch.randn(3, 8, 8) * 3 - 5, ValueError, "values from 0 to 1, got -.*before normalization"),
         (np.full((8, 8), np.nan), ValueError, "values from 0 to 1, got nan to nan"),
         (b"no image", ValueError, r"'\[0\]' is not a readable image"),

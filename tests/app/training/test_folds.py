@@ -14,11 +14,11 @@ from snella_app.config.train import TrainConfig
 from snella_app.data.load import load_data
 from snella_app.data.options import DataConfig
 from snella_app.records.record import read
-from snella_app.records.run import FoldResults
+from snella_app.records.run import FoldResults, FoldRow
 from snella_app.runs import RunFolder, load_run
 from snella_app.runs.evaluate import evaluate
 from snella_app.runs.predict import load
-from snella_app.training.folds import train_folds
+from snella_app.training.folds import _cells, train_folds
 from snella_app.training.session import RunInUseError, TrainingInterrupted, lock_run
 
 from .components import interrupt_before
@@ -96,6 +96,13 @@ def test_the_table_lists_each_fold_and_the_mean(finished_folds):
     page = (root / "folds.html").read_text()
     assert 'href="fold-2/report.html"' in page and "mean ± standard deviation" in page
     assert evaluate(root / "fold-2")["accuracy"] == accuracies[1]
+
+
+def test_numbers_of_images_have_no_decimals():
+    rows = [FoldRow(fold, f"fold-{fold}", 1, {"dice": 0.5, "images": 52.0 + fold}, {}) for fold in (1, 2)]
+    columns, cells = _cells(FoldResults(2, "test", rows))
+    assert columns == ["fold", "test dice", "test images", "best epoch"]
+    assert cells[0] == ["1", "0.5000", "53", "1"] and cells[-1][1:3] == ["0.5000 ± 0.0000", "53.5 ± 0.7"]
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from snella_app.config.train import TrainConfig
 from snella_app.data.images import read_image
 from snella_app.report.examples import read_mask
 from snella_app.runs import load_merged, load_run
+from snella_app.runs.evaluate import evaluate
 from snella_app.runs.export import export
 from snella_app.runs.model import make_backbone
 from snella_app.runs.predict import load
@@ -77,6 +79,16 @@ def test_the_server_returns_masks_and_shares(run, folder):
     assert status == 200 and head == "data:image/png;base64" and entry.keys() == {"name", "text", "shares", "mask"}
     assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) == expected.labels).all()
     assert entry["shares"] == pytest.approx(expected.shares, abs=1e-6)
+
+
+def test_data_without_masks_is_rejected_before_it_is_read(run, tmp_path):
+    table = tmp_path / "photos.csv"
+    table.write_text("path\na.png\n")
+    message = re.escape(f"data must be images with masks for task segmentation, e.g. masks:PATH, got 'csv:{table}'")
+    with pytest.raises(ValueError, match=message):
+        evaluate(run, data=str(table))
+    with pytest.raises(ValueError, match=r"data must be images with masks .* got 'python:data'"):
+        evaluate(run, data=[(Image.new("RGB", (8, 8)), 0)])
 
 
 def test_stored_masks_reproduce_their_dice(run, folder):
@@ -170,6 +182,9 @@ def test_unsupported_prediction_outputs_are_rejected(run, folder, tmp_path, caps
     run_command("predict", run, image, "--top-k", "2", status=2)
     assert "must be omitted for segmentation, got 2" in capsys.readouterr().err
     run_command("predict", run, image, image, "--out", tmp_path / "out", status=2)
+    assert f"images must be different files, got {image} twice" in capsys.readouterr().err
+    shutil.copy(image, tmp_path / image.name)
+    run_command("predict", run, image, tmp_path / image.name, "--out", tmp_path / "out", status=2)
     assert "image names must be unique" in capsys.readouterr().err
 
 
