@@ -217,6 +217,52 @@ def test_text_on_the_suite_matches_the_measured_rows():
     assert_states(COMPARISONS, sentence, denser, len(snella), min(snella))
 
 
+def test_text_on_the_twin_of_table_vii_matches_the_measured_rows():
+    from twin_tables import COMMITTED, read_cells
+
+    runs = FinalRuns(read_cells(COMMITTED))
+    gains = {}
+    expected = " ".join(read_experiment("twin-table7").expected.split())
+    for scaling in ("", "-scaling-1"):
+        for kernel in ("linear", "p_linear", "8"):
+            gain = runs.difference(f"snella-{kernel}{scaling}", f"klora-{kernel}{scaling}", SUITE, METRIC)
+            gains[kernel, scaling] = gain
+            assert f"{100 * gain.mean:.1f} points [{100 * gain.low:.1f}, {100 * gain.high:.1f}]" in expected
+    ten, one = gains["linear", ""], gains["linear", "-scaling-1"]
+    assert_states(
+        COMPARISONS, "With the linear kernel, sparsity costs at most {:.1f} points", -100 * min(ten.low, one.low)
+    )
+    ends = [decimal_text(100 * value, 1) for value in (ten.low, ten.high, one.mean, one.low, one.high)]
+    sentence = "(with a scaling of 10: +{:.1f} points, 95% interval {} to {}; with 1: {}, {} to {})."
+    assert_states(COMPARISONS, sentence, 100 * ten.mean, *ends)
+    paper = read_experiment("table7").published["values"]
+    (cost,) = (paper["linear"][mean] - paper["linear-sparse"][mean] for mean in paper["linear"])
+    assert_states(COMPARISONS, "In the paper, it costs {:.1f} points.", cost)
+    sentence = (
+        "a scaling of 10, the sparse updates are {:.1f} and {:.1f} points above the dense ones, on all six datasets"
+    )
+    assert_states(COMPARISONS, sentence, *(100 * gains[kernel, ""].mean for kernel in ("p_linear", "8")))
+    for kernel in ("p_linear", "8"):
+        assert all(runs.difference(f"snella-{kernel}", f"klora-{kernel}", [t], METRIC).mean > 0 for t in SUITE)
+        assert runs.difference(f"klora-{kernel}", "klora-linear", SUITE, METRIC).high < 0
+    sentence = "With a scaling of 1, the differences are {:.1f} and {:.1f} points."
+    assert_states(COMPARISONS, sentence, *(100 * gains[kernel, "-scaling-1"].mean for kernel in ("p_linear", "8")))
+    ends = []
+    for scaling in ("", "-scaling-1"):
+        names = [f"snella-{kernel}{scaling}" for kernel in ("linear", "p_linear", "8")]
+        means = [100 * runs.mean(name, [[task] for task in SUITE], METRIC).mean for name in names]
+        ends += [min(means), max(means)]
+    sentence = "kernels range from {:.1f} to {:.1f}% with a scaling of 10 and from {:.1f} to {:.1f}% with 1."
+    assert_states(COMPARISONS, sentence, *ends)
+    ten, one = (runs.difference(f"snella-8{s}", f"klora-linear{s}", SUITE, METRIC) for s in ("", "-scaling-1"))
+    values = [decimal_text(100 * value, 1) for value in (ten.mean, ten.low, ten.high, -one.mean, one.low, one.high)]
+    sentence = (
+        "sparsity is {} points above the dense linear kernel with a scaling of 10 ({} to {}) and {} points below it "
+        "with 1 ({} to {}, not corrected"
+    )
+    assert_states(COMPARISONS, sentence, *values)
+
+
 def test_text_on_the_twin_of_table_ix_matches_the_measured_rows():
     from twin_tables import COMMITTED, read_cells
 

@@ -168,10 +168,21 @@ def test_claims_match_the_suite_and_the_twins(suite):
     for higher, lower in (("within-layers", "klora-8"), ("snella-8", "within-layers")):
         result = results[f"{higher}-scaling-1 above {lower}-scaling-1"]
         assert f"{100 * result.mean:+.1f} ({_interval(result)})" in paper, higher
+    kernels = read_experiment("twin-table7")
+    assert all(result.difference.adjusted_p > 0.05 for result in paper_orderings(kernels, read_cells(COMMITTED)))
+    runs, tasks = FinalRuns(read_cells(COMMITTED)), [entry.name for entry in kernels.data]
+    texts = []
+    for pair in (("snella-linear", "klora-linear"), ("snella-p_linear", "klora-p_linear"), ("snella-8", "klora-8")):
+        result = runs.difference(*(f"{name}-scaling-1" for name in pair), tasks, "test_accuracy")
+        texts.append(f"{100 * result.mean:+.1f} ({_interval(result)})")
+    for pair in (("snella-8", "snella-p_linear"), ("klora-8", "klora-p_linear")):
+        result = runs.difference(*(f"{name}-scaling-1" for name in pair), tasks, "test_accuracy")
+        texts.append(f"{100 * result.mean:.1f} ({_interval(result)})")
+    sentence = "sparsity with linear {}, P-Linear {}, Mix-K {}; Mix-K minus P-Linear {} with sparsity, {} without |"
+    assert sentence.format(*texts) in paper
     schedules = read_experiment("twin-table12")
     results = paper_orderings(schedules, read_cells(COMMITTED))
     assert all(result.difference.adjusted_p > 0.9 for result in results)
-    runs, tasks = FinalRuns(read_cells(COMMITTED)), [entry.name for entry in schedules.data]
     texts = []
     for name in ("constant", "linear", "quadratic"):
         result = runs.difference("snella-8-scaling-1", f"{name}-scaling-1", tasks, "test_accuracy")
