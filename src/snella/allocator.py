@@ -208,9 +208,9 @@ class BudgetAllocator:
         """Tell the watches, which warn if no allocator is attached, whether this allocator sets the budgets."""
         for watch in self._watches:
             if is_attached:
-                watch.allocators.add(id(self))
+                watch.allocators.add(self)
             else:
-                watch.allocators.discard(id(self))
+                watch.allocators.discard(self)
 
     @property
     def _layers_of_adapter(self) -> tuple[str, frozenset[int]]:

@@ -43,13 +43,21 @@ class TrainingWatch:
     """
 
     def __init__(self) -> None:
-        self.allocators: set[int] = set()
-        """`id` of each attached allocator."""
+        self.allocators: weakref.WeakSet[Any] = weakref.WeakSet()
+        """Attached allocators."""
         self.steps: tuple[int, int, int] | None = None
         """Completed optimizer steps, total steps, and steps per epoch; `None` if unknown or counted by a trainer."""
         self._steps_without_allocator = 0
         self._batch_counts: dict[str, int] = {}
         self._warned: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the allocators."""
+        return {name: value for name, value in vars(self).items() if name != "allocators"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the state of a copy, to which no allocator is attached."""
+        self.__dict__ = {**state, "allocators": weakref.WeakSet()}
 
     @property
     def is_attached(self) -> bool:

@@ -297,8 +297,10 @@ class TrainConfig(RunSettings):
     def _start_errors(self, init_from: str) -> list[str]:
         """Check the settings of a run that starts from another run."""
         errors = []
-        if self.optim.head_init == "probe":
-            errors.append("head_init must not be probe with init_from, which loads a trained head; leave head_init out")
+        if (head_init := self.optim.head_init) != "auto":
+            errors.append(
+                f"head_init must not be {head_init} with init_from, which loads a trained head; leave head_init out"
+            )
         if self.method.name == AUTO_METHOD:
             errors.append(
                 "method must not be auto with init_from, which keeps the method of that run; leave method out"

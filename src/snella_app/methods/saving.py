@@ -260,14 +260,7 @@ def _settings_file(folder: Path) -> Path:
 
 def _as_safetensors(tensors: dict[str, Tensor], settings_digest: str) -> bytes:
     """Serialize tensors to bytes. Safetensors' `save_file` is not used, because it loses the errno of a full disk."""
-    seen: set[int] = set()
-    values = {}
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        pointer = value.untyped_storage().data_ptr()
-        # a safetensors file cannot store tensors that share memory
-        values[name] = value.clone() if pointer in seen else value
-        seen.add(pointer)
+    values = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", _TENSORS_DIGEST: tensors_digest(values), _SETTINGS_DIGEST: settings_digest}
     return tensors_bytes(values, metadata)
 

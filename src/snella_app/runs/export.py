@@ -295,7 +295,7 @@ def _graph_snippet(loaded: LoadedRun, options: ExportOptions, graph: ExportedGra
     else:
         lines += ["from PIL import Image, ImageOps", *preprocessing]
         images = f"transform(Image.open({str(options.example)!r}))[None]"
-    if loaded.task.head is not None:
+    if loaded.task.target == "masks":
         result = f"{output_name}[0].argmax(0)"
     else:
         result = f"{output_name}[0]" if options.logits else f"dict(zip(classes, {output_name}[0].tolist()))"
@@ -454,21 +454,25 @@ def sparse_patch(model: nn.Module, base: nn.Module) -> SparsePatch:
 
     Returns:
         Patch without replaced tensors.
+
+    Raises:
+        ValueError: If the method does not add an update to the weights, e.g. because it rotates them.
     """
+    tensors = base.state_dict(keep_vars=True)
     entries_by_name: dict[str, Entries] = {}
     for name, layer in _tuner_layers(model).items():
         # rounding to the dtype of the factors would change the restored weights
         dtype = {"dtype": torch.float32} if isinstance(layer, SnellaLayer) else {}
-        delta = layer.get_delta_weight("default", **dtype).detach()
-        dense_delta = delta.to_dense() if delta.is_sparse else delta
-        delta = dense_delta.contiguous().reshape(-1)
-        indices = delta.nonzero().flatten()
         weight_name = layer.weight_name(name) if isinstance(layer, SnellaLayer) else f"{name}.weight"
+        delta = layer.get_delta_weight("default", **dtype)
+        if not isinstance(delta, Tensor) or delta.numel() != tensors[weight_name].numel():  # e.g. a rotation
+            raise ValueError(f"the update of {weight_name!r} is not an addition to individual weights; {_STORE_ALL}")
+        delta = (delta.to_dense() if delta.is_sparse else delta).detach().contiguous().reshape(-1)
+        indices = delta.nonzero().flatten()
         entries_by_name[weight_name] = Entries(indices, delta[indices].clone())
     for name, module in model.named_modules():
         if (entries := getattr(module, "sparse_entries", None)) is not None:  # see docs/extending.md
             entries_by_name[f"{name}.weight"] = Entries(*entries())
-    tensors = base.state_dict(keep_vars=True)
     changed = {name: entries for name, entries in entries_by_name.items() if len(entries.indices)}
     shapes = {name: list(tensors[name].shape) for name in changed}
     return SparsePatch(changed, {}, shapes, {name: digest_of(tensors[name]) for name in changed})

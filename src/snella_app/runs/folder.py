@@ -230,7 +230,7 @@ class BaseRunFolder(Generic[S]):
         """
         new_config = self.path / _NEW_CONFIG
         if new_config.is_file():
-            self._clear()
+            self.clear()
             new_config.replace(self.path / "config.yaml")
 
     def read_config(self) -> S:
@@ -429,7 +429,7 @@ class BaseRunFolder(Generic[S]):
         unexpected = (entry for entry in self.path.iterdir() if entry.name not in (*self.files, *self.folders))
         return any(not entry.name.startswith(".") and not (entry / "run.json").is_file() for entry in unexpected)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         """Remove only the run's own files: checkpoints first, then `run.json`, which marks a run, then the rest."""
         for name in ("checkpoints", "run.json", *self.files, *self.folders):
             path = self.path / name

@@ -104,7 +104,7 @@ def merge(run: str | Path, out: str | Path, *, overwrite: bool = False) -> Expor
     with create_folder(path.parent):
         _write_weights(loaded, path, path, tensors_bytes(_weights(model), metadata))
     description = "plain timm weights"
-    if loaded.task.head is not None:
+    if loaded.task.target == "masks":
         description = "plain weights of the backbone (encoder.…) and the decoder (decoder.…)"
     return ExportResult(path, description, notes, _file_snippet(loaded, path, metadata))
 
@@ -209,8 +209,8 @@ def _timm_config(loaded: LoadedRun, model: nn.Module, out: str) -> dict[str, Any
         ValueError: If timm cannot build the model.
     """
     architecture = loaded.info.backbone.architecture
-    if loaded.task.head is not None or architecture is None:
-        noun = f"a {loaded.task.name} model" if loaded.task.head is not None else "this model"
+    if loaded.task.target == "masks" or architecture is None:
+        noun = f"a {loaded.task.name} model" if loaded.task.target == "masks" else "this model"
         raise ValueError(
             f"out must end with {_SUFFIX} for {noun}, which timm cannot build, got {out!r}; "
             f"use {out.rstrip('/') + _SUFFIX!r}"
@@ -254,7 +254,7 @@ def _folder_snippet(loaded: LoadedRun, path: Path) -> str:
 
 def _file_snippet(loaded: LoadedRun, path: Path, metadata: Mapping[str, str]) -> str:
     """Return Python code that loads a weight file with its metadata."""
-    if loaded.task.head is not None:
+    if loaded.task.target == "masks":
         return f"from snella_app.runs import load_merged\nmodel = load_merged({str(path)!r})"
     size = json.loads(metadata["img_size"])
     arguments = json.loads(metadata["model_args"])

@@ -197,7 +197,7 @@ class Predictor:
             raise ValueError(
                 f"tta must be left out for a cross-validation run (got {tta}); its models use the tta of their runs"
             )
-        if tta is not None and tta > 2 and self.loaded.task.head is not None:
+        if tta is not None and tta > 2 and self.loaded.task.target == "masks":
             raise ValueError(f"tta must be 1 or 2 (with flip) for masks, got {tta}")
         if unsure is not None and not isinstance(self.loaded.task, ClassificationTask):
             raise ValueError(

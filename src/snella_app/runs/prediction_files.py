@@ -65,7 +65,7 @@ def predict_to_files(
     if features is not None:
         _check_features(features, overwrite=overwrite)
     folders = [path for path in map(expand_user, images) if path.is_dir()]
-    writes_masks = task.head is not None
+    writes_masks = task.target == "masks"
     # the suffix selects the format of a table; masks and folders have no such format
     suffix = "" if out is None or writes_masks or Path(out).is_dir() else Path(out).suffix.lower()
     appends_rows = watch and suffix in (".csv", ".jsonl")
@@ -97,6 +97,7 @@ def predict_to_files(
     if (status_note := unfinished_note(model.loaded)) is not None:
         print_line(error_console, f"note: {status_note}")
     names: list[Path] = []
+    images_by_stem: dict[str, Path] = {}
     vectors: list[np.ndarray] = []
     received_signals: list[int] = []
 
@@ -106,8 +107,17 @@ def predict_to_files(
         if watch:  # there is no summary at the end
             print_line(error_console, f"skipped {skipped[-1]}")
 
+    def has_free_name(path: Path) -> bool:
+        """Return whether no earlier image has the same mask file; skip the image otherwise."""
+        other = images_by_stem.setdefault(path.stem, path)
+        if other != path:
+            skip(path, f"its mask would replace that of {str(other)!r}")
+        return other == path
+
     def predict_paths(paths: Iterable[Path]) -> Iterator[Any]:
         """Yield the predictions of image files, and remember the files and their features."""
+        if watch and writes_masks and out is not None:  # without `watch`, `check_mask_names` has checked all names
+            paths = (path for path in paths if has_free_name(path))
         for prediction in model.iter_predictions(
             paths,
             tta=tta,

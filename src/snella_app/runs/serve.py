@@ -37,6 +37,7 @@ _BYTES_PER_PIXEL = 4  # number of request bytes that count as one pixel
 _CONNECTIONS = 64  # maximum number of simultaneous connections
 _REQUEST_S = 600
 """Maximum duration of a request in seconds."""
+_MAX_FILES = 1000  # limit of Starlette's form parser
 _SHUTDOWN_S = 10
 """Seconds after Ctrl-C or SIGTERM in which requests can finish."""
 _DOCS = ("/docs", "/openapi.json")
@@ -65,7 +66,8 @@ class ServerLimits:
             request counts as a quarter of a pixel.
 
     Raises:
-        ValueError: If a limit is not positive and finite, or `total_megapixels` is less than `megapixels`.
+        ValueError: If a limit is not positive and finite, `files` exceeds 1,000, or `total_megapixels` is less than
+            `megapixels`.
     """
 
     files: int = 32
@@ -81,6 +83,8 @@ class ServerLimits:
             for name, value in values.items()
             if not 0 < value < math.inf
         ]
+        if self.files > _MAX_FILES:
+            errors.append(f"max_files must be at most {_MAX_FILES}, got {self.files}")
         if self.total_megapixels < self.megapixels:
             errors.append(
                 f"max_total_megapixels must be at least max_megapixels, {self.megapixels:g}, got "

@@ -411,9 +411,11 @@ def _selection_images(
     config = dataclasses.replace(data.config, protocol="standard")
     standard = load_splits(config, data.seed, data.source)
     standard = encode_targets(standard, create_task(config.task, standard.classes))
+    parts = [standard.train] if standard.val is None else [standard.train, standard.val]
+    train, *validation = read_at_side(parts, read_side(data_config, standard.train))
     transform = build_transform(data_config)
-    val = None if standard.val is None else standard.val.with_transform(transform)
-    return standard.train.with_transform(splits.train.transform), val
+    val = validation[0].with_transform(transform) if validation else None
+    return train.with_transform(splits.train.transform), val
 
 
 def resolve_data_config(model: nn.Module, img_size: int | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -80,10 +80,11 @@ class LiveReport(TrainerCallback):
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         """Write the report of the completed epochs."""
         start = time.monotonic()
-        if start - self._written_at < self._pause:
-            return
         trainer = self.trainer
-        with contextlib.suppress(OSError, ValueError):  # e.g. a full disk, which the next checkpoint reports
+        if start - self._written_at < self._pause or not trainer.history:
+            return
+        # e.g. a full disk, which the next checkpoint reports; any other lasting error is raised by the final report
+        with contextlib.suppress(OSError, ValueError):
             allocation = None
             if trainer.allocator is not None:
                 allocation = describe_allocation(trainer.parts.model, trainer.allocator)
@@ -183,7 +184,7 @@ def _fit_last_epoch(trainer: SnellaTrainer, folder: Path) -> _LastEpoch | None:
     """
     plan = trainer.plan
     parts = trainer.parts
-    is_best = trainer.history[-1]["epoch"] == best_epoch(trainer.history, trainer.selection_score)
+    is_best = trainer.history[-1]["epoch"] == trainer.best_epoch
     can_fit = _fits_layers(trainer) and fits_last_epoch(plan) and parts.splits.val is not None
     if not can_fit or is_best or trainer.has_stopped_early:
         return None
@@ -263,7 +264,7 @@ def _select_final_head(
         is_saved = not is_clearly_worse(task, fit.val, outputs["val"])
         replaced_epoch = None
         if is_saved and last_epoch is not None:
-            replaced_epoch = best_epoch(trainer.history, trainer.selection_score)
+            replaced_epoch = trainer.best_epoch
         scores: dict[str, Any] = {"val": _score(task, fit.val), "val_trained": _score(task, outputs["val"])}
         record = FinalHead(probe.layers, is_saved, task.monitor, **scores, kind=kind, replaced_epoch=replaced_epoch)
         if not is_saved:
@@ -324,7 +325,7 @@ def _metrics(trainer: SnellaTrainer) -> Metrics:
     adapted_weights = sum(m.size for m in matrices) if matrices else None
     history = [EpochRow(**protocol.with_val_prefix(row)) for row in trainer.history]
     return Metrics(
-        best_epoch=best_epoch(trainer.history, trainer.selection_score),
+        best_epoch=trainer.best_epoch,
         protocol=protocol.name,
         selected_on=protocol.selected_on,
         best_metric=protocol.best_metric(parts.task.monitor),
@@ -337,13 +338,6 @@ def _metrics(trainer: SnellaTrainer) -> Metrics:
         **trainer.step_timer.summary(),
         history=history,
     )
-
-
-def best_epoch(
-    history: Sequence[dict[str, Any]], selection_score: Callable[[Mapping[str, Any]], tuple[float, float]]
-) -> int:
-    """Return the epoch with the highest `RunProtocol.selection_score`, or the latest of several such epochs."""
-    return int(max(history, key=lambda row: (selection_score(row), row["epoch"]))["epoch"])
 
 
 def folder_bytes(folder: Path) -> int:

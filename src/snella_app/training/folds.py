@@ -157,7 +157,7 @@ def _prepare_config(config: TrainConfig, folder: RunFolder) -> TrainConfig:
             for run in runs:  # all locks come first, so that nothing is removed while a fold is being trained
                 locks.enter_context(lock_run(run))
             for run in runs:
-                run._clear()
+                run.clear()
         for name in ("folds.md", "folds.html"):
             (folder.path / name).unlink(missing_ok=True)
     folder.path.mkdir(parents=True, exist_ok=True)

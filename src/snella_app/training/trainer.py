@@ -170,6 +170,11 @@ class SnellaTrainer(CheckpointingTrainer):
         return rows
 
     @property
+    def best_epoch(self) -> int:
+        """Epoch with the highest `RunProtocol.selection_score`, or the latest of several such epochs."""
+        return int(max(self.history, key=lambda row: (self.selection_score(row), row["epoch"]))["epoch"])
+
+    @property
     def has_stopped_early(self) -> bool:
         """True if at least `early_stopping` evaluated epochs follow the best one.
 

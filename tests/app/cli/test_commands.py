@@ -239,6 +239,17 @@ def test_a_truncated_image_is_reported_and_can_be_skipped(train_args, photos, tm
     assert sum(run["data"]["sizes"].values()) == 29
 
 
+def test_errors_of_other_packages_name_the_debug_option(monkeypatch, tmp_path, capsys):
+    for package, is_named in (("snella.layer", False), ("another_package", True)):
+        scope = {"__name__": package}
+        exec("def fail(args): int('three')", scope)
+        monkeypatch.setattr("snella_app.cli.main._run", scope["fail"])
+        assert main(["evaluate", str(tmp_path)]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("snella: invalid literal for int")
+        assert line.endswith("(--debug shows the traceback)\n") == is_named
+
+
 def test_debug_shows_the_traceback(tmp_path, capsys):
     assert main(["--debug", "evaluate", str(tmp_path)]) == 2
     assert "Traceback" in capsys.readouterr().err

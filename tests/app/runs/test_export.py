@@ -294,6 +294,13 @@ def test_other_sparse_methods_are_exact(method, settings, no_report, tmp_path):
     assert all(torch.equal(tensor, merged[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("method", ["boft", "hra"])
+def test_a_method_that_rotates_weights_is_rejected(method, settings, no_report, tmp_path):
+    run = train(settings(method=method, epochs=1, method_options={}))
+    with pytest.raises(ValueError, match=r"the update of '.*' is not an addition to individual weights; use snella me"):
+        export(run.path, "sparse", tmp_path / "m")
+
+
 def test_a_method_that_changes_all_weights_is_rejected(settings, no_report, tmp_path):
     run = train(settings(method="lora-2", epochs=1, head_init="random"))
     with pytest.raises(ValueError, match=r"method lora-2 changes .* use snella merge to a \.safetensors file, which "):

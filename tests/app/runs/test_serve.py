@@ -269,6 +269,8 @@ def test_an_unavailable_address_is_a_one_line_error(options, error, message, fin
 def test_invalid_settings_are_rejected(finished, model):
     with pytest.raises(ValueError, match=r"max_files must be positive and finite, got 0; max_mib must be .* got inf"):
         ServerLimits(files=0, mib=math.inf)
+    with pytest.raises(ValueError, match="max_files must be at most 1000, got 2000"):
+        ServerLimits(files=2000)
     with pytest.raises(ValueError, match="max_total_megapixels must be at least max_megapixels, 50, got 40"):
         ServerLimits(total_megapixels=40)
     with pytest.raises(ValueError, match="tta must be between 1 and 10"):

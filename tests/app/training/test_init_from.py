@@ -141,8 +141,9 @@ def test_settings_that_contradict_the_initial_run_are_rejected(finished, new_con
         new_config(method="auto")
     with pytest.raises(ValueError, match="out must differ from init_from"):
         new_config(out=str(finished.path))
-    with pytest.raises(ValueError, match="head_init must not be probe with init_from"):
-        new_config(head_init="probe")
+    for head_init in ("probe", "random"):
+        with pytest.raises(ValueError, match=f"head_init must not be {head_init} with init_from"):
+            new_config(head_init=head_init)
     with pytest.raises(ValueError, match="init_from does not support folds"):
         new_config(folds=3)
 

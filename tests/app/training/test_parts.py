@@ -20,7 +20,6 @@ from snella_app.methods import build_method
 from snella_app.tasks import ClassificationTask
 from snella_app.training.build import EpochSampler, RunComponents, build_optimizer, mix_seed, resolve_data_config
 from snella_app.training.callbacks import ProgressDisplay
-from snella_app.training.finish import best_epoch
 from snella_app.training.plan import log_summary, shorten_hint
 from snella_app.training.sizing import free_memory
 from snella_app.training.trainer import SnellaTrainer
@@ -284,7 +283,9 @@ def test_img_size_overrides_only_the_input_size():
 def test_ties_in_accuracy_go_to_the_lower_loss_then_the_later_epoch():
     rows = [(0.5, 0.1), (0.75, 0.9), (0.75, 0.8), (0.75, 0.8), (0.75, 0.85)]
     history = [{"epoch": n + 1, "val_accuracy": a, "val_loss": loss} for n, (a, loss) in enumerate(rows)]
-    assert [best_epoch(history[:count], TASK.selection_score) for count in (5, 3, 1)] == [4, 3, 1]
+    for count, expected in ((5, 4), (3, 3), (1, 1)):
+        trainer = SimpleNamespace(history=history[:count], selection_score=TASK.selection_score)
+        assert SnellaTrainer.best_epoch.fget(trainer) == expected
 
 
 def test_unknown_public_names_are_rejected():

@@ -170,6 +170,22 @@ def test_masks_of_watched_folders_are_written_to_a_folder_of_any_name(run, folde
     run_command("predict", run, folder / "images" / "000.png", "--out", tmp_path / "plain")
     watched, plain = (np.asarray(read_mask(tmp_path / name / "000.png")) for name in ("masks.csv", "plain"))
     assert watched.shape == (32, 40) and np.array_equal(watched, plain)
+    other = tmp_path / "other" / "000.png"
+    other.parent.mkdir()
+    shutil.copy(folder / "images" / "001.png", other)
+
+    def two_files(folders, known):
+        yield [folder / "images" / "000.png"]
+        yield [other, folder / "images" / "002.png"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("snella_app.runs.prediction_files.new_files", two_files)
+    run_command("predict", run, folder / "images", "--watch", "--out", tmp_path / "all")
+    assert f"skipped '{other}' (its mask would replace that of '{folder / 'images' / '000.png'}')" in (
+        capsys.readouterr().err
+    )
+    assert sorted(path.name for path in (tmp_path / "all").glob("*.png")) == ["000.png", "002.png"]
+    assert np.array_equal(np.asarray(read_mask(tmp_path / "all" / "000.png")), plain)
     run_command("predict", run, folder / "images", "--watch", "--out", folder / "images" / "masks", status=2)
     assert "out must be outside the watched folders" in capsys.readouterr().err
 

@@ -58,6 +58,15 @@ def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if "base_layer" in name}
 
 
+def test_saved_configuration_describes_the_new_adapter(folders, tmp_path):
+    adapted(3, target_sparsity=0.9, init_sparsity=0.8).save_pretrained(tmp_path / "sparser")
+    model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()
+    hotswap(model, tmp_path / "sparser")
+    model.save_pretrained(tmp_path / "saved")
+    config = SnellaConfig.from_pretrained(tmp_path / "saved")
+    assert (config.target_sparsity, config.init_sparsity) == (0.9, 0.8)
+
+
 @pytest.mark.parametrize("is_merged", [True, False])
 def test_outputs_equal_freshly_loaded_model_and_unmerge_restores_base(folders, is_merged):
     model = PeftModel.from_pretrained(backbone(), folders["one"]).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 
 import pytest
@@ -33,6 +34,25 @@ def test_missing_allocator_warns_once(mlp):
     assert "target_sparsity=0.6 is set, but after 2 optimizer steps no budget allocator is attached" in message
     assert "BudgetAllocator(model, total_epochs=…, steps_per_epoch=…).attach(optimizer)" in message
     assert "callbacks=[SnellaCallback()]" in message
+
+
+@pytest.mark.parametrize("reason", ["collected", "copied"])
+def test_only_allocators_of_the_model_count(reason, mlp, tmp_path):
+    model = mlp.adapted()
+    allocator = BudgetAllocator(model, total_epochs=1, steps_per_epoch=4)
+    allocator.attach(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4))
+    watch = model.peft_config["default"].watch
+    assert watch.is_attached
+    if reason == "copied":
+        assert not copy.deepcopy(model).peft_config["default"].watch.is_attached
+        torch.save(model.peft_config["default"], tmp_path / "config.pt")
+        assert not torch.load(tmp_path / "config.pt", weights_only=False).watch.is_attached
+        assert watch.is_attached
+        return
+    del allocator
+    gc.collect()
+    with pytest.warns(UserWarning, match="after 2 optimizer steps no budget allocator is attached"):
+        train(mlp, model, 2)
 
 
 def test_training_a_merged_adapter_warns(mlp):
