@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
@@ -154,12 +155,22 @@ class FileImages(CachedImages):
         return read_image(self.paths[row], self.reading)
 
     def inspect(self, row: int) -> ImageMetadata:
-        """Decode one file and return its metadata."""
-        return inspect_image(self.paths[row], str(self.paths[row]), self.reading)
+        """Decode one file and return its metadata, unless an unchanged file has been inspected before."""
+        try:
+            stat = self.paths[row].stat()
+        except OSError:  # explained by `inspect_image`
+            return inspect_image(self.paths[row], str(self.paths[row]), self.reading)
+        return _inspect_unchanged(self.paths[row], self.reading, stat.st_mtime_ns, stat.st_size)
 
     def content(self, row: int) -> bytes:
         """Return the bytes of one file."""
         return self.paths[row].read_bytes()
+
+
+@lru_cache(maxsize=50_000)
+def _inspect_unchanged(path: Path, reading: Reading, modified_ns: int, size: int) -> ImageMetadata:
+    """Inspect a file; the times and sizes of files identify their content. Data may be loaded several times."""
+    return inspect_image(path, str(path), reading)
 
 
 class FileMasks(FileImages):

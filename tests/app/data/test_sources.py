@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from snella_app.data.sources import FileImages, broken_images
+from snella_app.data.images import inspect_image
+from snella_app.data.sources import FileImages, broken_images, broken_rows
 
 
 @pytest.fixture
@@ -50,3 +51,23 @@ def test_the_reason_of_a_broken_file_does_not_contain_its_name(tmp_path):
     file = tmp_path / "image: 1.png"
     file.write_bytes(b"text")
     assert broken_images([file]) == {0: "unknown image format"}
+
+
+def test_only_new_and_changed_files_are_inspected_again(paths, monkeypatch):
+    inspected = []
+
+    def record(path, *arguments):
+        inspected.append(path)
+        return inspect_image(path, *arguments)
+
+    monkeypatch.setattr("snella_app.data.sources.inspect_image", record)
+    first, second = FileImages(paths), FileImages(paths)
+    assert broken_rows(first, range(len(paths))) == {} and sorted(inspected) == sorted(paths)
+    assert broken_rows(second, range(len(paths))) == {} and len(inspected) == len(paths)
+    assert second.metadata[0].size == first.metadata[0].size
+    Image.new("RGB", (11, 7)).save(paths[0])
+    third = FileImages(paths)
+    assert broken_rows(third, range(len(paths))) == {} and inspected[len(paths) :] == [paths[0]]
+    assert third.metadata[0].size == (11, 7)
+    paths[0].write_bytes(b"no image")
+    assert list(broken_rows(FileImages(paths), range(len(paths)))) == [0]
