@@ -263,6 +263,56 @@ def test_text_on_the_twin_of_table_vii_matches_the_measured_rows():
     assert_states(COMPARISONS, sentence, *values)
 
 
+def test_text_on_the_twin_of_table_viii_matches_the_measured_rows():
+    from twin_tables import COMMITTED, read_cells
+
+    runs = FinalRuns(read_cells(COMMITTED))
+
+    def difference(higher, lower, scaling):
+        return runs.difference(f"klora-{higher}{scaling}", f"klora-{lower}{scaling}", SUITE, METRIC)
+
+    claims = [
+        *(("linear", "sigmoid"), ("linear", "rbf"), ("normalized_rbf", "rbf")),
+        *(("8", "normalized_rbf"), ("8", "p_linear")),
+    ]
+    expected = " ".join(read_experiment("twin-table8").expected.split())
+    texts = []
+    for claim in claims:
+        result = difference(*claim, "-scaling-1")
+        assert f"{100 * result.mean:.1f} points [{100 * result.low:.1f}, {100 * result.high:.1f}]" in expected
+        mean, low, high = (signed_text(100 * value, 1) for value in (result.mean, result.low, result.high))
+        texts.append(f"{mean} ({low} to {high})")
+    sentence = (
+        "linear minus sigmoid {}, minus RBF {}, normalized RBF minus RBF {}, Mix-K minus normalized RBF {}, "
+        "minus P-Linear {} |"
+    )
+    assert_states(PAPER, sentence, *texts)
+    poor = [f"klora-{kernel}{scaling}" for kernel in ("sigmoid", "rbf") for scaling in ("", "-scaling-1")]
+    highest = max(runs.mean(name, [[task] for task in SUITE], METRIC).mean for name in poor)
+    gaps = [difference("linear", kernel, scaling) for kernel in ("sigmoid", "rbf") for scaling in ("", "-scaling-1")]
+    for name in poor:
+        linear = "klora-linear-scaling-1" if name.endswith("-scaling-1") else "klora-linear"
+        assert all(runs.difference(linear, name, [task], METRIC).mean > 0 for task in SUITE)
+    means = [100 * gap.mean for gap in gaps]
+    sentence = "are at most {:.1f}%, {:.1f} to {:.1f} points below the linear kernel's, on all six datasets"
+    assert_states(COMPARISONS, sentence, 100 * highest, min(means), max(means))
+    ten, one = (difference("normalized_rbf", "rbf", scaling) for scaling in ("", "-scaling-1"))
+    values = [decimal_text(100 * value, 1) for value in (ten.mean, ten.low, ten.high, one.mean, one.low, one.high)]
+    sentence = "adds {} points with a scaling of 10 (95% interval {} to {}) and {} points with 1 ({} to {});"
+    assert_states(COMPARISONS, sentence, *values)
+    published = read_experiment("table8").published["values"]
+    paper = {name: value for name, means in published.items() for value in means.values()}
+    assert_states(COMPARISONS, "in the paper, it adds {:.1f} points.", paper["normalized_rbf"] - paper["rbf"])
+    second = max(value for name, value in paper.items() if name != "mix_k")
+    assert_states(COMPARISONS, "Mix-K, the best kernel in the paper by {:.1f} points,", paper["mix_k"] - second)
+    below, above = difference("8", "p_linear", "-scaling-1"), difference("8", "normalized_rbf", "-scaling-1")
+    values = [-below.mean, below.low, below.high, above.mean, above.low, above.high]
+    sentence = (
+        "is {} points below P-Linear with a scaling of 1 ({} to {}) and {} points above the normalized RBF ({} to {})."
+    )
+    assert_states(COMPARISONS, sentence, *(decimal_text(100 * value, 1) for value in values))
+
+
 def test_text_on_the_twin_of_table_ix_matches_the_measured_rows():
     from twin_tables import COMMITTED, read_cells
 
