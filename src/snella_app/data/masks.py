@@ -89,7 +89,7 @@ def collect_masks(
     class_names: list[str] | None,
     skip_corrupt: bool,
 ) -> Collection:
-    """Decode all pairs once and build a collection, whose strata are the rarest class of each mask.
+    """Decode all pairs once and build a collection, whose strata are the rarest foreground class of each mask.
 
     Args:
         spec: Data specification, for messages.
@@ -159,10 +159,12 @@ def collect_masks(
             f"values of at least {THRESHOLD} become {classes[1]!r}"
         )
     present: dict[MaskPair, tuple[str, ...]] = {}
+    foreground: dict[MaskPair, tuple[str, ...]] = {}
     for pair, check in good.items():
         indices = sorted({min(label, 1) if is_white_foreground else label for label in check.labels})
         present[pair] = tuple(classes[index] for index in indices)
-    stratum_indices, strata = rarest_label_strata(present)
+        foreground[pair] = tuple(classes[index] for index in indices if index > 0) or present[pair]
+    stratum_indices, strata = rarest_label_strata(foreground)
     parts: dict[str, Any] = {}
     for part, split_pairs in readable.items():
         images = FileImages([pair.image for pair in split_pairs])

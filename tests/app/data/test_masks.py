@@ -20,6 +20,7 @@ def test_black_and_white_masks_are_binary(white, tmp_path):
     assert data.classes == ["background", "foreground"]
     assert [len(part) for part in (data.train, data.val, data.test)] == [6, 2, 2]
     assert set(np.unique(data.train.mask(0))) == {0, 1}
+    assert data.label_names == ["foreground"]
 
 
 def test_label_maps_define_the_number_of_classes(tmp_path):
@@ -166,7 +167,7 @@ def _with_rare_classes(root):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_splits_of_masks_are_stratified_by_the_rarest_class(seed, tmp_path):
+def test_splits_of_masks_are_stratified_by_the_rarest_foreground_class(seed, tmp_path):
     data = load_data(f"masks:{_with_rare_classes(tmp_path / 'm')}", seed=seed)
     for part in data.parts.values():
         masks = [part.mask(index) for index in range(len(part))]
