@@ -56,7 +56,7 @@ class TrainingWatch:
         return {name: value for name, value in vars(self).items() if name != "allocators"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore the state of a copy, to which no allocator is attached."""
+        """Restore the state without allocators: none is attached to a copy."""
         self.__dict__ = {**state, "allocators": weakref.WeakSet()}
 
     @property

@@ -89,14 +89,14 @@ def _report(error: Exception, args: Sequence[str], status: int = _USER_ERROR) ->
     line = printable(" ".join(str(error).split()))
     command = next((arg for arg in args if not arg.startswith("-")), None)
     line = line if isinstance(error, UsageError) else as_flags(line, command)
-    if isinstance(error, ValueError) and not _is_raised_by_snella(error):  # may be a defect
+    if isinstance(error, ValueError) and not _is_raised_by_snella(error):  # not one of our messages, so possibly a bug
         line += " (--debug shows the traceback)"
     print(f"{_PROGRAM}: {line.removeprefix(f'{_PROGRAM} ')}", file=sys.stderr)
     return status
 
 
 def _is_raised_by_snella(error: Exception) -> bool:
-    """Return whether the statement that raised an error belongs to snella's packages."""
+    """Return whether the innermost Python frame of an error is in one of snella's packages."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return not frames or str(frames[-1][0].f_globals.get("__name__")).startswith(_PROGRAM)
 

@@ -297,9 +297,11 @@ class TrainConfig(RunSettings):
     def _start_errors(self, init_from: str) -> list[str]:
         """Check the settings of a run that starts from another run."""
         errors = []
-        if (head_init := self.optim.head_init) != "auto":
+        head_init = self.optim.head_init
+        is_preset = head_init == "random" and "preset" in self.method.options
+        if head_init != "auto" and not is_preset:
             errors.append(
-                f"head_init must not be {head_init} with init_from, which loads a trained head; leave head_init out"
+                f"head_init does not apply with init_from, which loads a trained head, got {head_init!r}; leave it out"
             )
         if self.method.name == AUTO_METHOD:
             errors.append(

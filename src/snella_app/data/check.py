@@ -332,11 +332,14 @@ def _label_counts(splits: DataSplits) -> dict[str, dict[str, int]]:
 
 
 def _pixel_shares(splits: DataSplits) -> dict[str, float]:
-    """Return the share of the pixels of all masks by class."""
+    """Return the share of the pixels of all masks by class; raise ValueError for a label without a class."""
     counts = np.zeros(len(splits.classes))
     for images in splits.parts.values():
-        for position in range(len(images)):
-            counts += np.bincount(cast(MaskDataset, images).mask(position).ravel(), minlength=len(counts))
+        for position, name in enumerate(images.names):
+            pixels = np.bincount(cast(MaskDataset, images).mask(position).ravel(), minlength=len(counts))
+            if len(pixels) > len(counts):
+                raise ValueError(f"the mask of {name} has label {len(pixels) - 1}, but there are {len(counts)} classes")
+            counts += pixels
     return dict(zip(splits.classes, (counts / counts.sum()).tolist(), strict=True))
 
 

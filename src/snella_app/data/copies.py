@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from snella_app.data.collection import unordered
-from snella_app.data.datasets import ImageDataset, file_paths, known_metadata
+from snella_app.data.datasets import ImageDataset, MaskDataset, file_paths, known_metadata
 from snella_app.files import sha256_of
 from snella_app.text import listed
 
@@ -64,6 +64,8 @@ def contradiction_warnings(parts: Mapping[str, ImageDataset]) -> list[str]:
     """Return warnings about duplicate images within a split that have different labels."""
     messages: list[str] = []
     for part, images in parts.items():
+        if isinstance(images, MaskDataset):
+            continue
         values = images.annotations.targets or images.labels
         groups = [
             group for group in find_duplicates(images) if len({unordered(values[position]) for position in group}) > 1

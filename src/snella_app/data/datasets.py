@@ -247,7 +247,7 @@ class MaskDataset(ImageDataset):
         rows: Selected rows of both sources, in order.
         names: Name of each selected image.
         labels: Stratum index of each selected image; 0 by default.
-        annotations: Annotations whose targets are the names of the classes in each mask.
+        annotations: Annotations; each target is a tuple of the names of the classes in the mask.
     """
 
     def __init__(

@@ -178,7 +178,7 @@ def load_data(
         seed: Seed for splitting, subsampling and augmentation, in [0, 2^32); test images use `config.test_seed` if set.
         target: Content of the label column: one class (`class`), any number of labels (`labels`) or numbers
             (`numbers`, with column names as `classes`); `masks` requires images with masks. `ImageDataset.labels`
-            contains class indices for `class`, and strata (see `build_collection`) otherwise;
+            contains class indices for `class`, and strata otherwise (see `build_collection` and `collect_masks`);
             `ImageDataset.annotations` contains raw values, weights and groups.
         divide: If False, create no splits except a fold, and accept data that cannot be used for training.
 
@@ -265,6 +265,8 @@ def _read(spec: Any, config: DataConfig, target: TargetKind) -> Collection:
     else:
         known = ", ".join(data_names())
         raise ValueError(f"data must be a folder, a table or one of {known}, got {spec!r}{_data_hint(spec)}")
+    if target == "masks" and not isinstance(collection.train, MaskDataset):
+        raise ValueError(NO_MASKS.format(spec))
     return collection if target in ("class", "masks") else _as_target(collection, target, spec)
 
 
@@ -369,7 +371,12 @@ def _split_off(
     if groups is None:
         # keep an image of each class for training and, when the test split is taken out, another one for validation
         reserve = 2 if part == "test" else 1
-        labels, classes = _strata(splits, images, reserve + 1)
+        minimum = reserve + 1
+        labels, classes = _strata(splits, images, minimum)
+        # the new split takes an image of each stratum, so many small strata would enlarge it
+        while splits.strata is not None and len(classes) > max(1, round(fraction * len(images))):
+            minimum += 1
+            labels, classes = _strata(splits, images, minimum)
         rest, selected = stratified_split(labels, fraction, seed=seed, classes=classes, reserve=reserve, part=part)
     else:
         keeps_classes = target != "numbers"
@@ -410,7 +417,7 @@ def _subsample(splits: DataSplits, config: DataConfig, seeds: Mapping[str, int])
 
 
 def _missing_class_warnings(splits: DataSplits, target: TargetKind) -> list[str]:
-    """Return warnings about classes or labels missing from the training split, or only from another one."""
+    """Return warnings about classes or labels that are missing from the training split or only from another split."""
     if target == "numbers":
         return []
     messages = []

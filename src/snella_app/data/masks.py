@@ -19,7 +19,7 @@ from snella_app.text import listed
 
 BINARY_CLASSES = ["background", "foreground"]
 NO_MASKS = (
-    "data must be images with masks for task segmentation, e.g. masks:PATH, got {!r}; omit --task for labeled images"
+    "data must be images with masks for task segmentation, e.g. masks:PATH, got {!r}; labeled images need another task"
 )
 """Error for data without masks, with a placeholder for the specification."""
 _LAYOUT = "the expected layout is images/NAME.jpg and masks/NAME.png, or train, val and test folders with both"
@@ -89,7 +89,9 @@ def collect_masks(
     class_names: list[str] | None,
     skip_corrupt: bool,
 ) -> Collection:
-    """Decode all pairs once and build a collection, whose strata are the rarest foreground class of each mask.
+    """Decode all pairs once and build a collection, stratified by the rarest foreground class of each mask.
+
+    Masks without a foreground class form the stratum `background`.
 
     Args:
         spec: Data specification, for messages.

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 from snella_app.settings import Config, errors_of
 
 TargetKind = Literal["class", "labels", "numbers", "masks"]
-"""Content of the label column: one class per row, any number of labels, or regression targets; `masks` for images with
-masks, which have no such column."""
+"""Content of the label column: one class per row, any number of labels, or regression targets; `masks` means images
+with masks, which have no label column."""
 FULL_WHITE = 65535
 """Largest 16-bit value."""
 _COLOR_AUGMENTATIONS = ("imagenet", "randaugment", "trivialaugment", "3augment")

@@ -155,12 +155,14 @@ class FileImages(CachedImages):
         return read_image(self.paths[row], self.reading)
 
     def inspect(self, row: int) -> ImageMetadata:
-        """Decode one file and return its metadata, unless an unchanged file has been inspected before."""
+        """Return the metadata of one file, decoding it only if it is new or has changed."""
+        path = self.paths[row]
         try:
-            stat = self.paths[row].stat()
+            stat = path.stat()
         except OSError:  # explained by `inspect_image`
-            return inspect_image(self.paths[row], str(self.paths[row]), self.reading)
-        return _inspect_unchanged(self.paths[row], self.reading, stat.st_mtime_ns, stat.st_size)
+            return inspect_image(path, str(path), self.reading)
+        state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        return _inspect_unchanged(path, self.reading, Path.cwd(), state)
 
     def content(self, row: int) -> bytes:
         """Return the bytes of one file."""
@@ -168,8 +170,8 @@ class FileImages(CachedImages):
 
 
 @lru_cache(maxsize=50_000)
-def _inspect_unchanged(path: Path, reading: Reading, modified_ns: int, size: int) -> ImageMetadata:
-    """Inspect a file; the times and sizes of files identify their content. Data may be loaded several times."""
+def _inspect_unchanged(path: Path, reading: Reading, working_folder: Path, state: tuple[int, ...]) -> ImageMetadata:
+    """Inspect a file. Results are cached by the file's state, because data may be loaded several times."""
     return inspect_image(path, str(path), reading)
 
 

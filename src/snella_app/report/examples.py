@@ -139,8 +139,8 @@ def image_data_uri(image: Image.Image, max_side: int) -> tuple[str, int, int]:
     return png_data_uri(image), image.width, image.height
 
 
-def png_data_uri(image: Image.Image) -> str:
-    """Return an image as a PNG data URI, in its mode and size."""
+def png_data_uri(image: Image.Image, *, optimize: bool = True) -> str:
+    """Return an image as a PNG data URI, in its mode and size; `optimize` makes it smaller, but takes longer."""
     out = io.BytesIO()
-    image.save(out, "PNG", optimize=True)
+    image.save(out, "PNG", optimize=optimize)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")

@@ -456,7 +456,7 @@ def sparse_patch(model: nn.Module, base: nn.Module) -> SparsePatch:
         Patch without replaced tensors.
 
     Raises:
-        ValueError: If the method does not add an update to the weights, e.g. because it rotates them.
+        ValueError: If the method changes weights other than by addition, e.g. by rotation.
     """
     tensors = base.state_dict(keep_vars=True)
     entries_by_name: dict[str, Entries] = {}

@@ -63,7 +63,7 @@ def export_onnx(
     import onnxruntime
 
     if opset is not None and opset < _MIN_OPSET:
-        raise ValueError(f"opset must be at least {_MIN_OPSET}, got {opset}; omit it for the exporter's default")
+        raise ValueError(f"opset must be at least {_MIN_OPSET}, got {opset}; omit opset for the exporter's default")
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size >= _TWO_GIB:
         raise ValueError(
@@ -83,8 +83,8 @@ def export_onnx(
     exported_opset = max(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if opset not in (None, exported_opset):
         raise ValueError(
-            f"opset={opset} is not supported by torch {torch.__version__}'s exporter, which wrote {exported_opset}; "
-            "omit it for the default"
+            f"the exporter of torch {torch.__version__} does not support opset={opset} for this model and wrote opset "
+            f"{exported_opset}; omit opset for the default"
         )
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value)

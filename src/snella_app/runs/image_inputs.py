@@ -39,9 +39,9 @@ from snella_app.text import listed, similar_paths
 
 ImageInput = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """One image: a file, its bytes, a PIL image, an array `[height, width]` or `[height, width, channels]`, or a tensor
-`[height, width]` or `[channels, height, width]`. Values are 0 to 255 (uint8), 0 to white (uint16), or 0 to 1 (floating
-point). Models with 1, 3, or 4 channels accept any of these channel counts. Other models require their own count and
-reject PIL images."""
+`[height, width]` or `[channels, height, width]`. Values are 0 to 255 (uint8), 0 to the run's white value (uint16;
+65,535 by default), or 0 to 1 (floating point). Models with 1, 3, or 4 channels accept any of these channel counts.
+Other models require their own count and reject PIL images."""
 
 _PATTERN_CHARS = "*?["
 _POLL_S = 0.5  # seconds between polls of watched folders
@@ -286,7 +286,7 @@ def _from_array(image: np.ndarray | Tensor, name: str, reading: Reading) -> Any:
         tensor = tensor.float() if tensor.is_floating_point() else tensor
         values = (tensor.movedim(0, -1) if tensor.ndim == 3 else tensor).numpy()
     else:
-        values = image
+        values = image.astype(image.dtype.newbyteorder("="), copy=False)
     # Pillow converts between 1, 3, and 4 channels
     allowed_channels = tuple(PILLOW_MODES) if channels in PILLOW_MODES else (channels,)
     num_channels = values.shape[2] if values.ndim == 3 else 1
@@ -310,7 +310,7 @@ def _from_array(image: np.ndarray | Tensor, name: str, reading: Reading) -> Any:
             )
     elif values.dtype not in (np.uint8, np.uint16):
         raise ValueError(
-            f"an image must be uint8, uint16 or floating point (from 0 to 1), got {values.dtype} for {name}"
+            f"an image must be uint8, uint16, or floating point from 0 to 1, got {values.dtype} for {name}"
         )
     if channels not in PILLOW_MODES:
         return tv_tensors.Image(array_tensor(np.moveaxis(values, -1, 0), reading.white))

@@ -291,7 +291,7 @@ def _final_head_file(path: Path) -> Path:
 
 
 def _use_lines(loaded: LoadedRun, path: Path) -> str:
-    """Return the comment that explains the outputs, after code for the final head if the run has one."""
+    """Return the comments on 16-bit images and the outputs, after the code for the final head if there is one."""
     lines = _depth_comment(loaded)
     if loaded.probe is None:
         return lines + _decoding_comment(loaded)
@@ -299,11 +299,11 @@ def _use_lines(loaded: LoadedRun, path: Path) -> str:
 
 
 def _depth_comment(loaded: LoadedRun) -> str:
-    """Return the comment on 16-bit images, or an empty string if Pillow does not read the images of the run."""
+    """Return the comment on 16-bit images, or an empty string if the run's images are not read with Pillow."""
     if loaded.info.backbone.channels not in PILLOW_MODES:
         return ""
     white = loaded.info.data.white or FULL_WHITE
-    return f"# Pillow clips 16-bit values at 255, so multiply them by 255 / {white} before convert()\n"
+    return f"# convert() clips 16-bit gray values at 255; multiply them by 255 / {white} first\n"
 
 
 def _final_head_code(probe: LayerProbe, path: Path) -> str:

@@ -104,15 +104,18 @@ def predict_to_files(
     def skip(path: Path, reason: str) -> None:
         """Remember a skipped image for the summary, or print it at once with `watch`."""
         skipped.append(f"{str(path)!r} ({reason})")
+        if images_by_stem.get(path.stem) == path.resolve():  # another image may use the name
+            del images_by_stem[path.stem]
         if watch:  # there is no summary at the end
             print_line(error_console, f"skipped {skipped[-1]}")
 
     def has_free_name(path: Path) -> bool:
-        """Return whether no earlier image has the same mask file; skip the image otherwise."""
-        other = images_by_stem.setdefault(path.stem, path)
-        if other != path:
+        """Return True if no other image uses the name of the mask; otherwise, skip the image."""
+        other = images_by_stem.setdefault(path.stem, path.resolve())
+        is_free = other == path.resolve()
+        if not is_free:
             skip(path, f"its mask would replace that of {str(other)!r}")
-        return other == path
+        return is_free
 
     def predict_paths(paths: Iterable[Path]) -> Iterator[Any]:
         """Yield the predictions of image files, and remember the files and their features."""

@@ -138,10 +138,11 @@ def create_app(
     `POST /predict` takes images in the form field `files`. The response has one entry per file, in order, with `name`
     and `text`. The other fields of an entry depend on the task:
 
-    - nominal or ordinal classes: `label`, `probability`, `probabilities` by class, and `unsure` if there is a threshold
-    - multi-label: `labels` and `probabilities` by class
-    - regression: `values` by target
-    - segmentation: `shares` of the pixels by class, and `mask`, a data URI of a PNG whose palette indices are the
+    - `classification` and `ordinal`: `label`, `probability`, `probabilities` by class, and `unsure` if there is a
+      threshold
+    - `multilabel`: `labels` and `probabilities` by class
+    - `regression`: `values` by target
+    - `segmentation`: `shares` of the pixels by class, and `mask`, a data URI of a PNG whose palette indices are the
       labels
 
     The entry of a file without a prediction has `name` and `error`. Status codes:
@@ -261,9 +262,8 @@ def create_app(
         """Run prediction on images, each a file in the form field `files`."""
         if request.query_params:
             names = ", ".join(map(repr, request.query_params))
-            return JSONResponse(
-                {"error": f"the URL must have no query parameters, got {names}; options are set by snella serve"}, 422
-            )
+            rule = f"the URL must have no query parameters, got {names}"
+            return JSONResponse({"error": f"{rule}; set options when starting snella serve"}, 422)
         if len(files) > limits.files:
             return JSONResponse({"error": f"a request must have at most {limits.files} files, got {len(files)}"}, 413)
         entries: list[dict[str, Any]] = []

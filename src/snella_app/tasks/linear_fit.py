@@ -71,14 +71,17 @@ def fit_probe(
     features: np.ndarray,
     labels: np.ndarray,
     classes: int,
+    inverse_penalty: float = INVERSE_PENALTY,
     weights: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fit a logistic regression with the penalty `INVERSE_PENALTY`.
+    """Fit a logistic regression.
 
     Args:
         features: `[images, width]`.
         labels: Class index of each image.
         classes: Number of classes. Classes without images get zero weight and bias.
+        inverse_penalty: scikit-learn's `C`: weight of the summed losses relative to `‖w‖²/2`, for features divided by
+            their `feature_scale`.
         weights: Sample weights `[images]`; None means equal weights.
 
     Returns:
@@ -90,7 +93,7 @@ def fit_probe(
     targets = torch.from_numpy(label_indices)
     sample_weights = None if weights is None else torch.from_numpy(weights).float()
     num_images = len(inputs)
-    penalty = 1 / (2 * INVERSE_PENALTY * num_images)
+    penalty = 1 / (2 * inverse_penalty * num_images)
     if len(present) == 2:
         penalty *= 2  # scikit-learn fits one row w; the equivalent rows −w/2 and w/2 have half its squared norm
 
@@ -109,7 +112,7 @@ def fit_probe(
 def fit_binary_probe(
     features: np.ndarray, positives: np.ndarray, weights: np.ndarray | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Fit a binary logistic regression with `fit_probe`.
+    """Fit a binary logistic regression with `fit_probe` and its default penalty.
 
     If all labels are equal, the weights are zero and the bias is ±4. If there are no images, both are 0.
 

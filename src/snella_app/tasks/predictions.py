@@ -46,7 +46,7 @@ class MaskPrediction:
 
     def fields(self) -> dict[str, Any]:
         """Return `shares` and `mask`, a data URI of a PNG whose palette indices are the labels."""
-        return {"shares": _rounded(self.shares), "mask": png_data_uri(mask_image(self.labels))}
+        return {"shares": _rounded(self.shares), "mask": png_data_uri(mask_image(self.labels), optimize=False)}
 
 
 def write_mask_predictions(
@@ -93,7 +93,7 @@ def _add_name(names: dict[str, Path], image: Path) -> None:
     """Add the stem of an image to `names`; raise ValueError if another image has it."""
     other = names.setdefault(image.stem, image)
     if other is not image and other.resolve() == image.resolve():
-        raise ValueError(f"images must be different files, got {image} twice")
+        raise ValueError(f"images must not repeat, got {image} twice")
     if other is not image:
         raise ValueError(f"image names must be unique, got {other} and {image}; use separate output folders")
 
@@ -176,7 +176,7 @@ class Prediction:
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:
-    """Return probabilities rounded to six decimals."""
+    """Return values rounded to six decimals."""
     return {name: round(value, 6) for name, value in values.items()}
 
 

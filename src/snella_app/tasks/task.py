@@ -45,7 +45,7 @@ class Task(ABC):
     head: ClassVar[str | None] = None
     """Name of the new module that is fully trained, or None for the head that the model declares."""
     target: ClassVar[TargetKind] = "class"
-    """Content of the label column, or `masks` if predictions are masks (see `load_data`)."""
+    """Content of the label column, or `masks` for tasks that predict masks (see `load_data`)."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Task-specific settings of a run."""
     outputs_name: ClassVar[str] = "classes"

@@ -83,7 +83,7 @@ class LiveReport(TrainerCallback):
         trainer = self.trainer
         if start - self._written_at < self._pause or not trainer.history:
             return
-        # e.g. a full disk, which the next checkpoint reports; any other lasting error is raised by the final report
+        # a full disk is reported by the next checkpoint, any other persistent error by the final report
         with contextlib.suppress(OSError, ValueError):
             allocation = None
             if trainer.allocator is not None:

@@ -232,7 +232,7 @@ def test_a_form_without_files_names_the_field(address, photos):
 
 def test_query_parameters_are_rejected(address, photos):
     small = ("a.png", (photos / "cats" / "003.png").read_bytes())
-    expected = "the URL must have no query parameters, got 'tta', 'top_k'; options are set by snella serve"
+    expected = "the URL must have no query parameters, got 'tta', 'top_k'; set options when starting snella serve"
     assert post(address, [small], query="?tta=4&top_k=1") == (422, {"error": expected})
 
 

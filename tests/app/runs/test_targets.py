@@ -102,7 +102,7 @@ def test_a_merged_model_with_its_decoding_comment_matches_predict(make_run, tabl
     path = table.parent / "03.png"
     prediction = load(run.path).predict([path])[0]
     *lines, use = merge(run.path, tmp_path / "model").snippet.splitlines()
-    assert lines[-1] == "# Pillow clips 16-bit values at 255, so multiply them by 255 / 65535 before convert()"
+    assert lines[-1] == "# convert() clips 16-bit gray values at 255; multiply them by 255 / 65535 first"
     scope = {"image": Image.open(path)}
     exec("\n".join(lines), scope)
     with torch.no_grad():

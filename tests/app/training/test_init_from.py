@@ -142,7 +142,7 @@ def test_settings_that_contradict_the_initial_run_are_rejected(finished, new_con
     with pytest.raises(ValueError, match="out must differ from init_from"):
         new_config(out=str(finished.path))
     for head_init in ("probe", "random"):
-        with pytest.raises(ValueError, match=f"head_init must not be {head_init} with init_from"):
+        with pytest.raises(ValueError, match=f"head_init does not apply with init_from, .*, got '{head_init}'"):
             new_config(head_init=head_init)
     with pytest.raises(ValueError, match="init_from does not support folds"):
         new_config(folds=3)
