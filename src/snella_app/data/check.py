@@ -238,7 +238,7 @@ class DataCheck:
             numbers = [*(counts[part] for part in parts), sum(counts.values())]
             row = [name, *(f"{number:,}" for number in numbers)]
             if self.pixel_shares:
-                row.append(f"{self.pixel_shares[name]:.2%}")
+                row.append(f"{self.pixel_shares[name]:.2%}" if name in self.pixel_shares else "–")
             cells.append(row)
         last = ("pixels",) if self.pixel_shares else ()
         table = make_table((heading, *parts, "all", *last), cells)
@@ -300,7 +300,10 @@ def check_data(spec: str, config: DataConfig | None = None, *, target: TargetKin
     if isinstance(splits.train, MaskDataset):
         if splits.train.annotations.targets is not None:
             check.counts = _label_counts(splits)
-            check.pixel_shares = _pixel_shares(splits)
+            try:
+                check.pixel_shares = _pixel_shares(splits)
+            except ValueError as error:
+                check.errors.append(str(error))
     elif target == "class":
         counters = {part: Counter(images.labels) for part, images in splits.parts.items()}
         for label, name in enumerate(splits.classes):

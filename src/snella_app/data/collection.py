@@ -385,7 +385,7 @@ def _labels(
 def rarest_label_strata(labels: Mapping[Any, Sequence[str]]) -> tuple[dict[Any, int], list[str]]:
     """Assign each image to the stratum of its rarest label, or to the stratum `none` if it has no label.
 
-    Strata with fewer than three images are merged. If the merged stratum is still too small, it joins the largest one.
+    Strata with fewer than three images are merged. If the result is still too small, it joins the largest stratum.
 
     Args:
         labels: Labels by image.

@@ -374,7 +374,7 @@ def _split_off(
         minimum = reserve + 1
         labels, classes = _strata(splits, images, minimum)
         # the new split takes an image of each stratum, so many small strata would enlarge it
-        while splits.strata is not None and len(classes) > max(1, round(fraction * len(images))):
+        while splits.strata is not None and len(set(labels)) > max(1, round(fraction * len(images))):
             minimum += 1
             labels, classes = _strata(splits, images, minimum)
         rest, selected = stratified_split(labels, fraction, seed=seed, classes=classes, reserve=reserve, part=part)

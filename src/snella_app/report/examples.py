@@ -140,7 +140,7 @@ def image_data_uri(image: Image.Image, max_side: int) -> tuple[str, int, int]:
 
 
 def png_data_uri(image: Image.Image, *, optimize: bool = True) -> str:
-    """Return an image as a PNG data URI, in its mode and size; `optimize` makes it smaller, but takes longer."""
+    """Return an image as a PNG data URI of the same mode and size; `optimize` is slow and gives a smaller file."""
     out = io.BytesIO()
     image.save(out, "PNG", optimize=optimize)
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")

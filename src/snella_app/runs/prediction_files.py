@@ -104,13 +104,11 @@ def predict_to_files(
     def skip(path: Path, reason: str) -> None:
         """Remember a skipped image for the summary, or print it at once with `watch`."""
         skipped.append(f"{str(path)!r} ({reason})")
-        if images_by_stem.get(path.stem) == path.resolve():  # another image may use the name
-            del images_by_stem[path.stem]
         if watch:  # there is no summary at the end
             print_line(error_console, f"skipped {skipped[-1]}")
 
     def has_free_name(path: Path) -> bool:
-        """Return True if no other image uses the name of the mask; otherwise, skip the image."""
+        """Return whether the name of the image's mask is free; if not, skip the image."""
         other = images_by_stem.setdefault(path.stem, path.resolve())
         is_free = other == path.resolve()
         if not is_free:
@@ -119,8 +117,6 @@ def predict_to_files(
 
     def predict_paths(paths: Iterable[Path]) -> Iterator[Any]:
         """Yield the predictions of image files, and remember the files and their features."""
-        if watch and writes_masks and out is not None:  # without `watch`, `check_mask_names` has checked all names
-            paths = (path for path in paths if has_free_name(path))
         for prediction in model.iter_predictions(
             paths,
             tta=tta,
@@ -129,6 +125,9 @@ def predict_to_files(
             on_skipped=skip,
             on_features=None if features is None else vectors.append,
         ):
+            # without `watch`, `check_mask_names` has checked all names
+            if watch and writes_masks and out is not None and not has_free_name(prediction.path):
+                continue
             names.append(prediction.path)
             yield prediction
 

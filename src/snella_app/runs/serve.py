@@ -237,7 +237,7 @@ def create_app(
     async def explain_form(request: Request, error: RequestValidationError) -> Any:
         """Return the response for a form without files."""
         body = error.body if isinstance(error.body, Mapping) else {}
-        fields = "text in 'files'" if "files" in body else ", ".join(map(repr, body)) or "no field"
+        fields = "text instead of a file in 'files'" if "files" in body else ", ".join(map(repr, body)) or "no field"
         example = f"curl -F files=@photo.jpg {request.base_url}predict"
         return JSONResponse({"error": f"images must be files in the form field 'files', got {fields}; {example}"}, 422)
 

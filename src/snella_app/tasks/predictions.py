@@ -93,7 +93,7 @@ def _add_name(names: dict[str, Path], image: Path) -> None:
     """Add the stem of an image to `names`; raise ValueError if another image has it."""
     other = names.setdefault(image.stem, image)
     if other is not image and other.resolve() == image.resolve():
-        raise ValueError(f"images must not repeat, got {image} twice")
+        raise ValueError(f"each image may be given only once, got {image} twice")
     if other is not image:
         raise ValueError(f"image names must be unique, got {other} and {image}; use separate output folders")
 

@@ -7,6 +7,7 @@ from PIL import Image, features
 from rich.console import Console
 
 from snella_app.data.check import check_data
+from snella_app.data.datasets import MaskDataset
 from snella_app.data.images import read_label_map
 from snella_app.data.load import load_data
 from snella_app.data.options import DataConfig
@@ -176,6 +177,23 @@ def test_splits_of_masks_are_stratified_by_the_rarest_foreground_class(seed, tmp
         for mask, names in zip(masks, part.annotations.targets, strict=True):
             assert names == tuple(data.classes[label] for label in np.unique(mask))
     assert data.warnings == ["class 'flower' has no training images; add training images or remove the class"]
+
+
+def test_many_rare_classes_do_not_enlarge_the_test_split(tmp_path):
+    root = write_pairs(tmp_path / "m", 60)
+    for index, file in enumerate(sorted((root / "masks").iterdir())):
+        labels = np.asarray(Image.open(file)) // 255 * (1 + index // 3)
+        Image.fromarray(labels.astype(np.uint8)).save(file)
+    data = load_data(f"masks:{root}")
+    assert len(data.classes) == 21 and [len(part) for part in data.parts.values()] == [36, 12, 12]
+
+
+def test_a_label_without_a_class_is_an_error_of_data_check(tmp_path, monkeypatch):
+    root = write_pairs(tmp_path / "m", 10, classes=3)
+    monkeypatch.setattr(MaskDataset, "mask", lambda images, index: np.full((2, 2), 7, np.uint8))
+    check = check_data(f"masks:{root}")
+    assert len(check.errors) == 1 and check.errors[0].endswith("has label 7, but there are 3 classes")
+    assert check.counts and not check.pixel_shares
 
 
 def test_a_class_missing_from_given_test_masks_is_a_warning(tmp_path):

@@ -224,7 +224,7 @@ def test_a_form_without_files_names_the_field(address, photos):
     request = urllib.request.Request(f"{address}/predict", body, {"Content-Type": "multipart/form-data; boundary=x"})
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request)
-    assert "got text in 'files'; curl -F files=@photo.jpg" in json.load(error.value)["error"]
+    assert "got text instead of a file in 'files'; curl -F files=@photo.jpg" in json.load(error.value)["error"]
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(f"{address}/nowhere")
     assert json.load(error.value) == {"error": "Not Found; available: /, /health, /docs and POST /predict"}

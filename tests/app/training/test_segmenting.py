@@ -198,7 +198,7 @@ def test_unsupported_prediction_outputs_are_rejected(run, folder, tmp_path, caps
     run_command("predict", run, image, "--top-k", "2", status=2)
     assert "must be omitted for segmentation, got 2" in capsys.readouterr().err
     run_command("predict", run, image, image, "--out", tmp_path / "out", status=2)
-    assert f"images must not repeat, got {image} twice" in capsys.readouterr().err
+    assert f"each image may be given only once, got {image} twice" in capsys.readouterr().err
     shutil.copy(image, tmp_path / image.name)
     run_command("predict", run, image, tmp_path / image.name, "--out", tmp_path / "out", status=2)
     assert "image names must be unique" in capsys.readouterr().err
