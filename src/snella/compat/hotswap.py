@@ -88,9 +88,9 @@ def hotswap(
     Writes all values in place, including heads in `modules_to_save`, parameters in `parameters_to_save`, and budgets.
     Except for merged quantized weights, no parameter is replaced, so memory does not grow and compiled models do not
     recompile. For a merged adapter, the swap recomputes each weight from its pre-trained values, and `unmerge_adapter`
-    still restores them bit for bit. If the new adapter's configuration is known, the swap also sets `scaling`,
-    `target_sparsity`, and `init_sparsity`, and undoes `set_scale`, so the outputs are bit-identical to those of a model
-    loaded with the new adapter. No forward pass may run during the swap.
+    still restores them bit for bit. If the new adapter's configuration is known, the swap also sets `scaling` and
+    undoes `set_scale`, so the outputs are bit-identical to those of a model loaded with the new adapter. It also copies
+    `target_sparsity` and `init_sparsity`, which `save_pretrained` stores. No forward pass may run during the swap.
 
     Args:
         model: A model with a SNELLA adapter, merged or not, compiled or not, or any module that contains such a model.

@@ -176,7 +176,8 @@ class TrainConfig(RunSettings):
     def from_flat(cls, **settings: Any) -> Self:
         """Create a configuration from flat names; see `Config.from_flat`.
 
-        A `preset` supplies missing settings, and its method options are merged with the given ones.
+        A `preset` supplies missing settings, except for `head_init` with `init_from`, which loads a trained head. Its
+        method options are merged with the given ones.
         """
         preset = settings.get("preset")
         options = settings.get("method_options")
@@ -184,6 +185,8 @@ class TrainConfig(RunSettings):
         if defaults and isinstance(options, Mapping | None):  # `coerce_fields` reports other types
             options = options or {}
             missing = {name: value for name, value in defaults.items() if name not in options}
+            if settings.get("init_from") is not None:
+                missing.pop("head_init", None)
             settings = {**missing, **settings, "method_options": {**defaults["method_options"], **options}}
         return super().from_flat(**settings)
 
@@ -297,9 +300,7 @@ class TrainConfig(RunSettings):
     def _start_errors(self, init_from: str) -> list[str]:
         """Check the settings of a run that starts from another run."""
         errors = []
-        head_init = self.optim.head_init
-        is_preset = head_init == "random" and "preset" in self.method.options
-        if head_init != "auto" and not is_preset:
+        if (head_init := self.optim.head_init) != "auto":
             errors.append(
                 f"head_init does not apply with init_from, which loads a trained head, got {head_init!r}; leave it out"
             )

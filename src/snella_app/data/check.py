@@ -245,8 +245,8 @@ class DataCheck:
         if self.counts:
             table.add_section()
         sizes = [len(images) for images in parts.values()]
-        has_several = target == "labels" or bool(self.pixel_shares)
-        total_name = "images" if has_several else "all"
+        has_several_classes = target == "labels" or isinstance(self.splits.train, MaskDataset)  # per image
+        total_name = "images" if has_several_classes else "all"
         table.add_row(total_name, *(f"{size:,}" for size in (*sizes, sum(sizes))))
         console.print(table)
         rows: list[tuple[str, str]] = []

@@ -373,7 +373,7 @@ def _split_off(
         reserve = 2 if part == "test" else 1
         minimum = reserve + 1
         labels, classes = _strata(splits, images, minimum)
-        # the new split takes an image of each stratum, so many small strata would enlarge it
+        # each stratum contributes at least one image, so many small strata would make the new split too large
         while splits.strata is not None and len(set(labels)) > max(1, round(fraction * len(images))):
             minimum += 1
             labels, classes = _strata(splits, images, minimum)
@@ -421,7 +421,7 @@ def _missing_class_warnings(splits: DataSplits, target: TargetKind) -> list[str]
     if target == "numbers":
         return []
     messages = []
-    has_one_class = target in ("class", "masks") and not isinstance(splits.train, MaskDataset)
+    has_one_class = target == "class" and not isinstance(splits.train, MaskDataset)
     names = splits.label_names if has_one_class else splits.classes
     expected = names
     noun, plural = ("label", "labels") if target == "labels" else ("class", "classes")

@@ -162,7 +162,7 @@ class FileImages(CachedImages):
         except OSError:  # explained by `inspect_image`
             return inspect_image(path, str(path), self.reading)
         state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        return _inspect_unchanged(path, self.reading, Path.cwd(), state)
+        return _inspect_unchanged(path, self.reading, state)
 
     def content(self, row: int) -> bytes:
         """Return the bytes of one file."""
@@ -170,8 +170,8 @@ class FileImages(CachedImages):
 
 
 @lru_cache(maxsize=50_000)
-def _inspect_unchanged(path: Path, reading: Reading, working_folder: Path, state: tuple[int, ...]) -> ImageMetadata:
-    """Inspect a file. Results are cached by the file's state, because data may be loaded several times."""
+def _inspect_unchanged(path: Path, reading: Reading, state: tuple[int, ...]) -> ImageMetadata:
+    """Inspect a file. The result is cached until the file's state changes, because data may be loaded repeatedly."""
     return inspect_image(path, str(path), reading)
 
 

@@ -42,7 +42,7 @@ def mask_colors(count: int) -> np.ndarray:
 
 
 def mask_image(labels: np.ndarray) -> Image.Image:
-    """Return labels `[height, width]` (uint8) as a palette image whose indices are the labels."""
+    """Convert labels `[height, width]` (uint8) to a palette image: the palette index of a pixel is its label."""
     image = Image.fromarray(labels.astype(np.uint8))
     image.putpalette(mask_colors(256).reshape(-1).tolist())
     return image

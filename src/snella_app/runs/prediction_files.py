@@ -24,7 +24,7 @@ from snella_app.files import annotate_write_errors, check_new, create_folder, ex
 from snella_app.runs.image_inputs import check_columns, expand, new_files
 from snella_app.runs.model import unfinished_note
 from snella_app.runs.predict import check_order, load, run_task_class, table_columns
-from snella_app.tasks.predictions import check_mask_names, table_bytes
+from snella_app.tasks.predictions import add_mask_name, check_mask_names, table_bytes
 from snella_app.text import listed, utf8_text
 
 _FEATURE_SUFFIXES = (".npz", ".npy", ".parquet")
@@ -97,7 +97,7 @@ def predict_to_files(
     if (status_note := unfinished_note(model.loaded)) is not None:
         print_line(error_console, f"note: {status_note}")
     names: list[Path] = []
-    images_by_stem: dict[str, Path] = {}
+    mask_names: dict[str, Path] = {}
     vectors: list[np.ndarray] = []
     received_signals: list[int] = []
 
@@ -106,14 +106,6 @@ def predict_to_files(
         skipped.append(f"{str(path)!r} ({reason})")
         if watch:  # there is no summary at the end
             print_line(error_console, f"skipped {skipped[-1]}")
-
-    def has_free_name(path: Path) -> bool:
-        """Return whether the name of the image's mask is free; if not, skip the image."""
-        other = images_by_stem.setdefault(path.stem, path.resolve())
-        is_free = other == path.resolve()
-        if not is_free:
-            skip(path, f"its mask would replace that of {str(other)!r}")
-        return is_free
 
     def predict_paths(paths: Iterable[Path]) -> Iterator[Any]:
         """Yield the predictions of image files, and remember the files and their features."""
@@ -125,9 +117,12 @@ def predict_to_files(
             on_skipped=skip,
             on_features=None if features is None else vectors.append,
         ):
-            # without `watch`, `check_mask_names` has checked all names
-            if watch and writes_masks and out is not None and not has_free_name(prediction.path):
-                continue
+            if watch and writes_masks and out is not None:  # without `watch`, `check_mask_names` has checked all names
+                try:
+                    add_mask_name(mask_names, prediction.path)
+                except ValueError as error:
+                    skip(prediction.path, str(error))
+                    continue
             names.append(prediction.path)
             yield prediction
 

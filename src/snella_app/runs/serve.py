@@ -142,8 +142,8 @@ def create_app(
       threshold
     - `multilabel`: `labels` and `probabilities` by class
     - `regression`: `values` by target
-    - `segmentation`: `shares` of the pixels by class, and `mask`, a data URI of a PNG whose palette indices are the
-      labels
+    - `segmentation`: `shares`, the fraction of pixels of each class, and `mask`, the labels as a palette PNG in a data
+      URI
 
     The entry of a file without a prediction has `name` and `error`. Status codes:
 
@@ -455,7 +455,7 @@ def _index(path: Path) -> int:
 
 
 def _utf8(value: Any) -> Any:
-    """Return a JSON value whose strings, including names, are valid UTF-8."""
+    """Apply `utf8_text` to all strings of a JSON value, including keys."""
     if isinstance(value, dict):
         return {utf8_text(name): _utf8(entry) for name, entry in value.items()}
     if isinstance(value, list):

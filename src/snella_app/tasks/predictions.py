@@ -45,7 +45,7 @@ class MaskPrediction:
         return ", ".join(f"{name} {share:.1%}" for name, share in shares if share > 0)
 
     def fields(self) -> dict[str, Any]:
-        """Return `shares` and `mask`, a data URI of a PNG whose palette indices are the labels."""
+        """Return `shares`, and the labels as a palette PNG in a data URI (`mask`)."""
         return {"shares": _rounded(self.shares), "mask": png_data_uri(mask_image(self.labels), optimize=False)}
 
 
@@ -66,7 +66,7 @@ def write_mask_predictions(
     (folder / _OVERLAYS).mkdir(parents=True, exist_ok=True)
     names: dict[str, Path] = {}
     for prediction in predictions:
-        _add_name(names, prediction.path)
+        add_mask_name(names, prediction.path)
         _check_mask_path(folder, prediction.path)
         name = f"{prediction.path.stem}.png"
         write_mask(prediction.labels, folder / name)
@@ -78,7 +78,7 @@ def check_mask_names(images: Sequence[Path], out: str | Path) -> None:
     """Raise ValueError if the masks of two images would have the same name, or a mask would replace its image."""
     names: dict[str, Path] = {}
     for image in images:
-        _add_name(names, image)
+        add_mask_name(names, image)
         _check_mask_path(Path(out), image)
 
 
@@ -89,7 +89,7 @@ def _check_mask_path(folder: Path, image: Path) -> None:
         raise ValueError(f"out={folder} contains {image}, which its mask would replace; choose another folder")
 
 
-def _add_name(names: dict[str, Path], image: Path) -> None:
+def add_mask_name(names: dict[str, Path], image: Path) -> None:
     """Add the stem of an image to `names`; raise ValueError if another image has it."""
     other = names.setdefault(image.stem, image)
     if other is not image and other.resolve() == image.resolve():

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from snella.ops import widest_dtype
 from snella_app.backbones.segmenter import DECODER, create_segmenter
 from snella_app.console import make_table
-from snella_app.data.datasets import ImageDataset, MaskDataset
-from snella_app.data.masks import NO_MASKS
+from snella_app.data.datasets import ImageDataset
 from snella_app.data.options import TargetKind
 from snella_app.records.predictions import MaskPredictions, StoredMaskPrediction
 from snella_app.report.examples import ImageLoader, overlay_panels, read_mask, write_mask
@@ -231,11 +230,6 @@ class SegmentationTask(Task):
         """Check the number of classes."""
         if len(self.classes) < 2:
             raise ValueError(f"classes must have at least 2 entries including background, got {list(self.classes)}")
-
-    def check_data(self, dataset: ImageDataset, spec: str) -> None:
-        """Raise ValueError if the images have no masks."""
-        if not isinstance(dataset, MaskDataset):
-            raise ValueError(NO_MASKS.format(spec))
 
     def collate(self, items: Sequence[tuple[Any, ...]]) -> dict[str, Tensor]:
         """Collate images and masks; `labels` is `[batch, height, width]`, int64."""

@@ -98,8 +98,11 @@ class Task(ABC):
         return list(classes)
 
     def check_data(self, dataset: ImageDataset, spec: str) -> None:
-        """Raise ValueError if the data does not fit the task; the base class rejects images with masks."""
-        if isinstance(dataset, MaskDataset):
+        """Raise ValueError if the images have masks, but the task does not use them.
+
+        `load_data` rejects images without masks for tasks that need them.
+        """
+        if isinstance(dataset, MaskDataset) and self.target != "masks":
             raise ValueError(
                 f"task must be segmentation for images with masks such as {spec}, got {self.name!r}; "
                 "add --task segmentation"

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from snella_app.config.train import TrainConfig
-from snella_app.data.datasets import ImageDataset, MaskDataset
+from snella_app.data.datasets import MaskDataset
+from snella_app.data.load import load_data
 from snella_app.tasks import TASKS, SegmentationTask, create_task, task_class
 from snella_app.tasks.segmentation import choose_indices, overlap_losses, resized_labels
 
@@ -79,10 +80,10 @@ def test_settings_of_another_task_are_rejected():
         TrainConfig.from_flat(**required, task="detection")
 
 
-def test_each_task_checks_its_data():
-    task = SegmentationTask(("background", "polyp"))
+def test_segmentation_requires_masks():
     with pytest.raises(ValueError, match=r"must be images with masks for task segmentation, .*got 'digits'"):
-        task.check_data(ImageDataset(None, [], [], []), "digits")
+        load_data("digits", target=SegmentationTask.target)
+    SegmentationTask(("background", "polyp")).check_data(object.__new__(MaskDataset), "masks:x")
 
 
 def test_examples_are_the_worst_and_evenly_spaced_images(monkeypatch):

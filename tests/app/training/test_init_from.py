@@ -144,7 +144,7 @@ def test_settings_that_contradict_the_initial_run_are_rejected(finished, new_con
     for head_init in ("probe", "random"):
         with pytest.raises(ValueError, match=f"head_init does not apply with init_from, .*, got '{head_init}'"):
             new_config(head_init=head_init)
-    assert new_config(preset="paper").optim.head_init == "random"  # set by the preset
+    assert new_config(preset="paper").optim.head_init == "auto"  # "random" without init_from
     with pytest.raises(ValueError, match="init_from does not support folds"):
         new_config(folds=3)
 

@@ -181,9 +181,8 @@ def test_masks_of_watched_folders_are_written_to_a_folder_of_any_name(run, folde
 
     monkeypatch.setattr("snella_app.runs.prediction_files.new_files", two_files)
     run_command("predict", run, folder / "images", "--watch", "--out", tmp_path / "all")
-    assert f"skipped '{other}' (its mask would replace that of '{folder / 'images' / '000.png'}')" in (
-        capsys.readouterr().err
-    )
+    reason = f"image names must be unique, got {folder / 'images' / '000.png'} and {other}; use separate output folders"
+    assert f"skipped '{other}' ({reason})" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "all").glob("*.png")) == ["000.png", "002.png"]
     assert np.array_equal(np.asarray(read_mask(tmp_path / "all" / "000.png")), plain)
     run_command("predict", run, folder / "images", "--watch", "--out", folder / "images" / "masks", status=2)

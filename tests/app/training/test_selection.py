@@ -12,7 +12,14 @@ from snella_app.methods import build_method
 from snella_app.runs.merge import merge
 from snella_app.runs.model import load_run
 from snella_app.tasks import ClassificationTask
-from snella_app.training.build import SELECTION, LoadedData, has_selection, selection_data, store_selection
+from snella_app.training.build import (
+    SELECTION,
+    LoadedData,
+    has_selection,
+    read_side,
+    selection_data,
+    store_selection,
+)
 from snella_app.training.session import TrainingInterrupted
 from snella_app.training.train import train
 
@@ -84,6 +91,7 @@ def test_noah_searches_on_separate_images_that_the_run_also_trains_on(settings, 
     def record(train, val, *others):
         seen["train"], seen["val"] = (set(part.names) for part in (train, val))
         seen["transforms"] = train.transform is not None and val.transform is not None
+        seen["sides"] = {part.source.reading.side for part in (train, val)}
         return selection_data(train, val, *others)
 
     monkeypatch.setattr("snella_app.training.build.selection_data", record)
@@ -92,6 +100,7 @@ def test_noah_searches_on_separate_images_that_the_run_also_trains_on(settings, 
     parts = load_data(str(config.data.spec), DataConfig(protocol="standard"), seed=config.run.seed)
     assert seen["val"] == set(parts.val.names) and seen["train"] == set(parts.train.names) and seen["transforms"]
     assert not (seen["train"] | seen["val"]) & set(parts.test.names)
+    assert seen["sides"] == {read_side({"input_size": (3, 32, 32)}, parts.train)}
     assert run.read_json("run.json")["data"]["sizes"]["train"] == len(seen["train"] | seen["val"])
 
 

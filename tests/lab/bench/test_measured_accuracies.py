@@ -4,7 +4,12 @@ import math
 from statistics import fmean, stdev
 
 import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
 
+from snella import SnellaConfig
+from snella.matrices import adapted_matrices
 from snella_app.text import decimal_text, points_text, signed_text
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.statistics import FinalRuns, difference_of
@@ -272,6 +277,18 @@ def test_text_on_the_twin_of_table_vii_matches_the_measured_rows():
         "gain of more than {:.1f} points."
     )
     assert_states(COMPARISONS, sentence, 100 * max(gain.high for gain in gains_over_linear))
+
+
+def test_dense_updates_of_nonlinear_kernels_start_larger():
+    sizes = {}
+    for kernel in ("linear", "p_linear", "mix_k"):
+        torch.manual_seed(0)
+        config = SnellaConfig(kernel=kernel, sparsify_mode="none", target_sparsity=0.0, target_modules=["0"])
+        (matrix,) = adapted_matrices(get_peft_model(nn.Sequential(nn.Linear(384, 384)), config))
+        sizes[kernel] = float(matrix.layer.sparse_updates("default")[0].square().mean().sqrt())
+    ratios = [round(sizes[kernel] / sizes["linear"]) for kernel in ("p_linear", "mix_k")]
+    sentence = "in a 384×384 matrix, their root mean square is {} and {} times that of the linear kernel."
+    assert_states(COMPARISONS, sentence, *ratios)
 
 
 def test_text_on_the_twin_of_table_viii_matches_the_measured_rows():

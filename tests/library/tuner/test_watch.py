@@ -36,20 +36,25 @@ def test_missing_allocator_warns_once(mlp):
     assert "callbacks=[SnellaCallback()]" in message
 
 
-@pytest.mark.parametrize("reason", ["collected", "copied"])
-def test_only_allocators_of_the_model_count(reason, mlp, tmp_path):
+def attached(model):
+    """Return an allocator that is attached to an optimizer of the model."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    return BudgetAllocator(model, total_epochs=1, steps_per_epoch=4).attach(optimizer)
+
+
+def test_no_allocator_is_attached_to_copies_of_a_model(mlp, tmp_path):
     model = mlp.adapted()
-    allocator = BudgetAllocator(model, total_epochs=1, steps_per_epoch=4)
-    allocator.attach(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4))
-    watch = model.peft_config["default"].watch
-    assert watch.is_attached
-    if reason == "copied":
-        assert not copy.deepcopy(model).peft_config["default"].watch.is_attached
-        torch.save(model.peft_config["default"], tmp_path / "config.pt")
-        assert not torch.load(tmp_path / "config.pt", weights_only=False).watch.is_attached
-        assert watch.is_attached
-        return
-    del allocator
+    allocator = attached(model)
+    config = model.peft_config["default"]
+    torch.save(config, tmp_path / "config.pt")
+    assert not torch.load(tmp_path / "config.pt", weights_only=False).watch.is_attached
+    assert not copy.deepcopy(model).peft_config["default"].watch.is_attached
+    assert list(config.watch.allocators) == [allocator]
+
+
+def test_missing_allocator_warns_after_another_one_was_collected(mlp):
+    model = mlp.adapted()
+    attached(model)  # the optimizer and its hooks are collected, too
     gc.collect()
     with pytest.warns(UserWarning, match="after 2 optimizer steps no budget allocator is attached"):
         train(mlp, model, 2)
