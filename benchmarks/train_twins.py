@@ -2,16 +2,19 @@
 
 python benchmarks/train_twins.py [--out runs/twins] [--tables 7 8 9 10 11 12] [--seeds 5] [--processes 2] [--restore]
 
-Every method of the twins adapts only the last two of twelve blocks, so each process computes the outputs of the other
-blocks once per image. The results equal those of `snella compare --experiment twin-tableN` up to rounding. Recorded
-times and memory are not comparable. Finished runs are skipped; a larger --seeds adds runs.
+Every method of the twins adapts only the last two of twelve blocks, and images are not augmented, so each process
+resizes each image once and computes the outputs of the other blocks once per image. The results equal those of `snella
+compare --experiment twin-tableN` up to rounding. Recorded times and memory are not comparable. Finished runs are
+skipped; a larger --seeds adds runs.
 """
 
 import argparse
+import hashlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from twin_tables import TABLES, restore
 
+from snella_app.data.datasets import ImageDataset
 from snella_lab.comparison.compare import compare
 from snella_lab.comparison.experiment_files import read_experiment
 from snella_lab.comparison.options import ExecutionConfig
@@ -63,10 +67,30 @@ class FrozenBlocks:
         return torch.stack([self._tokens[key] for key in keys])
 
 
+class ResizedImages:
+    """Cache of transformed images, by transform, mode, size and pixels. Transforms must not be random."""
+
+    def __init__(self) -> None:
+        self._images: dict[tuple[str, bytes], Tensor] = {}
+
+    def install(self) -> None:
+        """Replace `ImageDataset._item`."""
+        ImageDataset._item = lambda dataset, index: self.item(dataset, index)
+
+    def item(self, dataset: ImageDataset, index: int) -> tuple[Any, ...]:
+        """Return the transformed image, its target, and, if items are weighted, its weight."""
+        image = dataset.source.load(dataset.rows[index])
+        key = (f"{dataset.transform} {image.mode} {image.size}", hashlib.sha256(image.tobytes()).digest())
+        if key not in self._images:
+            self._images[key] = dataset.transform(image)
+        return self._images[key], *dataset.target_and_weight(index)
+
+
 def train(out: Path, tables: list[int], seeds: int) -> None:
     """Train the runs of the tables that no other process trains, and write the reports."""
     torch.set_num_threads(1)
     FrozenBlocks().install()
+    ResizedImages().install()
     for table in tables:
         experiment = read_experiment(f"twin-table{table}", {"seeds": seeds})
         compare(experiment, out, ExecutionConfig(workers=0, threads=1))

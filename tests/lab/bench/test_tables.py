@@ -5,12 +5,15 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from peft import get_peft_model
 
 from snella import SnellaConfig
+from snella_app.data.datasets import ImageDataset
+from snella_app.data.sources import ArrayImages
 from snella_lab.bench.rows import read_rows
 from snella_lab.comparison.experiment import Experiment
 from snella_lab.comparison.experiment_files import read_experiment
@@ -274,6 +277,34 @@ def test_cached_frozen_blocks_give_the_same_outputs_and_gradients():
         torch.testing.assert_close(*gradients)
     with pytest.raises(ValueError, match="must not adapt the first 5 blocks"):
         FrozenBlocks(5).forward_features(base, images)
+
+
+def test_resized_images_are_transformed_once_per_transform():
+    from train_twins import ResizedImages
+
+    pixels = np.full((3, 8, 8, 3), 10, dtype=np.uint8)
+    pixels[2] = 90
+    calls = []
+
+    class Scale:
+        def __init__(self, factor):
+            self.factor = factor
+
+        def __repr__(self):
+            return f"Scale({self.factor})"
+
+        def __call__(self, image):
+            calls.append(image)
+            return torch.tensor(image.getpixel((0, 0))[0] * self.factor)
+
+    data = ImageDataset(ArrayImages(pixels), [0, 1, 2], [0, 0, 1], ["a", "copy", "b"])
+    cache = ResizedImages()
+    for factor in (1, 2):
+        scaled = data.with_transform(Scale(factor))
+        items = [cache.item(scaled, index) for index in (0, 1, 2, 0)]
+        first, last = (10 * factor, 0), (90 * factor, 1)
+        assert [(int(image), label) for image, label in items] == [first, first, last, first]
+    assert len(calls) == 4, "two different images with two transforms"
 
 
 def test_twin_tables_of_a_tiny_run_cover_all_tables(tmp_path):
