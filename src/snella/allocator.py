@@ -8,10 +8,11 @@ gradient of its factors is zero.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from snella._utils import listed
 from snella.allocation import allocate, budget_at, schedule_length
+from snella.config import SnellaConfig
 from snella.importance import ImportanceTracker
 from snella.matrices import AdaptedMatrix, adapted_matrices
 from snella.optimizer import MATCHER_ATTRIBUTE, store_in_state, unwrap
@@ -33,6 +35,11 @@ _OPTIMIZER_HOOKS = (
     *("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"),
     *("_optimizer_state_dict_post_hooks", "_optimizer_load_state_dict_post_hooks"),
 )
+_SETTINGS = (
+    *("target_sparsity", "init_sparsity", "schedule", "schedule_end", "allocation", "min_layer_share", "realloc_every"),
+    *("importance", "beta1", "beta2", "zero_init_ema"),
+)
+"""Settings of the adapter that apply to the whole allocation."""
 _GRADIENT_CHECK_STEPS = 5  # a zero-initialized head or drop-path can suppress the first gradients
 
 __all__ = ["BudgetAllocator", "allocate"]
@@ -71,7 +78,8 @@ class BudgetAllocator:
             training is kept, to limit the size of checkpoints.
 
     Raises:
-        ValueError: If the model does not have this adapter, or an epoch or step count is not an integer of at least 1.
+        ValueError: If the model does not have this adapter, an epoch or step count is not an integer of at least 1, or
+            `model` contains several PEFT models with different settings of the budget.
     """
 
     def __init__(
@@ -92,7 +100,8 @@ class BudgetAllocator:
         first_matrix = self.matrices[0]
         self.adapter_name = first_matrix.adapter_name
         self.config = first_matrix.layer.snella_config[self.adapter_name]
-        configs = (matrix.layer.snella_config[self.adapter_name] for matrix in self.matrices)
+        configs = [matrix.layer.snella_config[self.adapter_name] for matrix in self.matrices]
+        _check_equal_settings(configs)
         self._watches = {config.watch for config in configs}  # one per PEFT model
         self.total_epochs = total_epochs
         self.steps_per_epoch = steps_per_epoch
@@ -105,6 +114,7 @@ class BudgetAllocator:
             zero_init_ema=bool(self.config.zero_init_ema),
         )
         self.step = 0
+        self._state_key = _STATE_KEY
         self.history: list[dict[str, Any]] = []
         self._has_checked_optimizer = False
         self._has_updated_importance = False  # in the current step
@@ -153,7 +163,8 @@ class BudgetAllocator:
         changes after the step. A step that a gradient scaler skips is counted when `optimizer.zero_grad()` clears the
         overflowed gradients. If FSDP shards the factors, call `advance_to` for skipped steps instead. `attach` may be
         called before or after `optimizer.load_state_dict`. Another allocator of the same adapter is detached from the
-        optimizer.
+        optimizer. If allocators of several models with equal adapter names share an optimizer, a resumed program must
+        attach them in the same order.
 
         Args:
             optimizer: Any optimizer, possibly wrapped by Accelerate.
@@ -188,14 +199,18 @@ class BudgetAllocator:
                 "create_snella_optimizer(model, lr=…)",
                 stacklevel=2,
             )
-        # the default adapter's key has no suffix, so that optimizer states of earlier versions still load
-        key = _STATE_KEY if self.adapter_name == "default" else f"{_STATE_KEY}_{self.adapter_name}"
+        taken: set[str] = set()
         for hook in list(optimizer._optimizer_step_pre_hooks.values()):
             other = getattr(hook, "__self__", None)
-            if isinstance(other, BudgetAllocator) and other._layers_of_adapter == self._layers_of_adapter:
+            if not isinstance(other, BudgetAllocator):
+                continue
+            if other._layers_of_adapter == self._layers_of_adapter:
                 other.detach()
+            else:
+                taken.add(other._state_key)
+        self._state_key = self._choose_state_key(taken)
         self._handles = [
-            *store_in_state(optimizer, key, self._packed_state, self._load_packed_state),
+            *store_in_state(optimizer, self._state_key, self._packed_state, self._load_packed_state),
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
             _ZeroGradHook(optimizer, self._before_zero_grad),
@@ -203,6 +218,16 @@ class BudgetAllocator:
         self._set_attached(True)
         self._has_checked_optimizer = False
         return self
+
+    def _choose_state_key(self, taken: Container[str]) -> str:
+        """Return the entry of the optimizer's state dict for this allocator.
+
+        The default adapter's key has no suffix. Allocators of several models are numbered in the order in which they
+        are attached.
+        """
+        first = _STATE_KEY if self.adapter_name == "default" else f"{_STATE_KEY}_{self.adapter_name}"
+        keys = itertools.chain([first], (f"{first}_{number}" for number in itertools.count(2)))
+        return next(key for key in keys if key not in taken)
 
     def _set_attached(self, is_attached: bool) -> None:
         """Tell the watches, which warn if no allocator is attached, whether this allocator sets the budgets."""
@@ -493,6 +518,18 @@ class _ZeroGradHook:
             del attributes["zero_grad"]
             if self.previous is not None:
                 attributes["zero_grad"] = self.previous
+
+
+def _check_equal_settings(configs: Iterable[SnellaConfig]) -> None:
+    """Raise `ValueError` if the configurations of several PEFT models differ in a setting of the allocation."""
+    distinct = list({id(config): config for config in configs}.values())
+    for name in _SETTINGS:
+        values = list(dict.fromkeys(getattr(config, name) for config in distinct))
+        if len(values) > 1:
+            raise ValueError(
+                f"{name} must be the same in all PEFT models of an allocator, got {' and '.join(map(repr, values))}; "
+                "create one allocator for each PEFT model"
+            )
 
 
 def _reject_deepspeed(optimizer: Any) -> None:

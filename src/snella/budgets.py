@@ -172,7 +172,7 @@ def warn_about_missing_budgets(layer: SnellaLayer, state_dict: Mapping[str, Any]
     """Warn about factors without their budgets; registered as a hook that runs before `load_state_dict`."""
     for name, config in layer.snella_config.items():
         is_sparse = config.target_sparsity > 0 or config.init_sparsity > 0
-        has_factors = any(key.startswith(f"{prefix}snella_A.{name}") for key in state_dict)
+        has_factors = f"{prefix}snella_A.{name}" in state_dict
         if is_sparse and has_factors and f"{prefix}snella_budget.{name}" not in state_dict:
             warnings.warn(
                 f"the state dict contains the factors of adapter {name!r} but not their budgets (snella_budget), so "

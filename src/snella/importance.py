@@ -311,7 +311,7 @@ class ImportanceTracker:
     def _gather(self, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return complete averages, with the entries of all processes."""
         sizes = [self._ranges[key].shape.numel() for key in averages]
-        full = torch.zeros(sum(sizes), device=next(iter(averages.values())).device)
+        full = torch.zeros(sum(sizes), dtype=torch.float32, device=next(iter(averages.values())).device)
         for (key, average), part in zip(averages.items(), full.split(sizes), strict=True):
             start = self._ranges[key].start
             part[start : start + average.numel()] = average.reshape(-1)

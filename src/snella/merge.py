@@ -270,7 +270,9 @@ class EffectiveWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call `func` with the base weight for metadata and writes, and otherwise with the effective weight."""
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if isinstance(out := kwargs.get("out"), EffectiveWeight):
+            kwargs["out"] = out._base_weight
         name = func.__name__
         unwrap = partial(tree_map_only, EffectiveWeight, EffectiveWeight.value)
         unwrap_base = partial(tree_map_only, EffectiveWeight, attrgetter("_base_weight"))

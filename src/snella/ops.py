@@ -325,7 +325,8 @@ def sample_tokens(grad_y: Tensor, x: Tensor, share: float) -> tuple[Tensor, Tens
     cumulative = probs.cumsum(0)
     cumulative = cumulative * (k / cumulative[-1])
     probs = torch.diff(cumulative, prepend=cumulative.new_zeros(1))
-    points = torch.arange(k, device=x.device) + torch.rand(1, device=x.device)
+    positions = torch.arange(k, device=x.device, dtype=torch.float32)  # the default dtype may have fewer digits
+    points = positions + torch.rand(1, device=x.device, dtype=torch.float32)
     # the last point may round up to the total, beyond all tokens with a positive probability
     points = torch.minimum(points, torch.nextafter(cumulative[-1], cumulative.new_zeros(())))
     # with non-finite gradients, the search finds no valid index, but their values must propagate

@@ -10,6 +10,7 @@ entries. Decoding returns rounded values.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -157,8 +158,8 @@ class Mark:
     @staticmethod
     def on(x: object) -> Mark | None:
         """Return the mark of a tensor, or `None` if it has none or the mark is outdated by an in-place write."""
-        mark: Mark | None = getattr(x, ORIGIN_ATTRIBUTE, None)
-        if mark is None or not isinstance(x, Tensor) or _versions(x, mark.saved) != mark.versions:
+        mark = getattr(x, ORIGIN_ATTRIBUTE, None)
+        if not isinstance(mark, Mark) or not isinstance(x, Tensor) or _versions(x, mark.saved) != mark.versions:
             return None
         return mark
 
@@ -167,8 +168,8 @@ class Mark:
         return tuple([tensor.detach() for tensor in self.saved])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle as `None`, so that pickled tensors have no mark."""
-        return type(None), ()
+        """Pickle as an empty `OrderedDict`, which `torch.load` accepts, so that pickled tensors have no mark."""
+        return OrderedDict, ()
 
 
 def _versions(x: Tensor, saved: tuple[Tensor, ...]) -> tuple[int, ...]:

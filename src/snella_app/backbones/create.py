@@ -246,7 +246,7 @@ def create_backbone(
     options: dict[str, Any] = {"num_classes": num_classes}
     packaged = plugin("backbones", name, _timm_names())
     is_on_hub = name.startswith(_HUB_PREFIXES)
-    path = None if packaged is not None or is_on_hub else _as_path(name)
+    path = None if packaged is not None or is_on_hub else as_path(name)
     if weights is not None and (packaged is not None or is_on_hub or path is not None):
         raise ValueError(
             f"weights must be omitted because backbone {name!r} includes weights, got {weights!r}; "
@@ -416,8 +416,12 @@ def _with_channels(model: nn.Module, name: str, channels: int) -> nn.Module:
     return _store_arguments(model, {"in_chans": channels})
 
 
-def _as_path(name: str) -> Path | None:
-    """Return `name` as a path, or None if it is a model name."""
+def as_path(name: str, *, must_exist: bool = True) -> Path | None:
+    """Return `name` as a path, or None if it is a model name.
+
+    Raises:
+        FileNotFoundError: If the path is missing and `must_exist` is set.
+    """
     if name.startswith(_FOLDER_PREFIX):
         path = expand_user(name.removeprefix(_FOLDER_PREFIX))
     else:
@@ -425,7 +429,7 @@ def _as_path(name: str) -> Path | None:
         looks_like_path = weight_suffix(path) in WEIGHT_SUFFIXES or "/" in name or "\\" in name
         if not looks_like_path and (timm.is_model(name) or not path.exists()):
             return None
-    if not path.exists():
+    if must_exist and not path.exists():
         near = _similar_backbones(name)
         hint = f"; similar backbones: {', '.join(map(repr, near))}" if near else ""
         raise FileNotFoundError(

@@ -119,6 +119,16 @@ class Columns:
         return roles
 
 
+def with_absolute_root(text: str) -> str:
+    """Make the folder of `root=FOLDER` absolute, so that stored columns do not depend on the current folder."""
+    entries = []
+    for entry in text.split(","):
+        role, sign, name = (part.strip() for part in entry.partition("="))
+        is_root = role == _ROOT and name
+        entries.append(f"{role}{sign}{expand_user(name).absolute()}" if is_root else entry)
+    return ",".join(entries)
+
+
 def columns_in(role: str, column: str, table: Container[str]) -> list[str]:
     """Return the columns that a role's value in `--columns` references, e.g. both columns of `label=age+height`.
 

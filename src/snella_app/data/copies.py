@@ -15,7 +15,7 @@ from torch import Tensor
 from snella_app.data.collection import unordered
 from snella_app.data.datasets import ImageDataset, MaskDataset, file_paths, known_metadata
 from snella_app.files import sha256_of
-from snella_app.text import listed
+from snella_app.text import listed, split_text
 
 _MIN_CORRELATION = 0.995
 """Minimum correlation of the thumbnails of near-duplicates."""
@@ -26,28 +26,40 @@ _FLAT = 2.0
 _CHUNK = 1024
 """Number of images that are compared with all training images at once."""
 _MAX_PAIRS = 2_000_000_000
+"""Maximum number of pairs of images whose thumbnails are compared."""
 
 
 def copy_warnings(parts: Mapping[str, ImageDataset], names: Sequence[str]) -> list[str]:
     """Return warnings about images in the named splits that copy training images, even if re-encoded or resized.
 
-    If the copies are image files, the warnings distinguish copies with equal bytes from images that match by their
+    Test images are also compared with validation images, on which epochs are selected and final heads are fitted. If
+    the copies are image files, the warnings distinguish copies with equal bytes from images that match by their
     thumbnails, such as re-encoded or resized copies.
     """
-    train = parts["train"]
     digest_of = cache(sha256_of)
+    pairs = [("train", name) for name in names] + ([("val", "test")] if "test" in names else [])
     messages = []
-    for name, part in ((name, parts[name]) for name in names if name in parts):
-        equal = equal_files(train, part, digest_of)
+    for seen, name in pairs:
+        if seen not in parts or name not in parts:
+            continue
+        originals, part = parts[seen], parts[name]
+        if _exceeds_pairs(originals, part):
+            messages.append(
+                f"{len(part):,} {name} images were compared with {len(originals):,} {split_text(seen)} images by file "
+                f"content only, because there are more than {_MAX_PAIRS:,} pairs; resized or re-encoded copies are not "
+                "reported"
+            )
+        equal = equal_files(originals, part, digest_of)
         files = file_paths(part)
-        copies = {**find_near_copies(train, part), **equal}
+        copies = {**find_near_copies(originals, part), **equal}
         if copies:
             examples: list[str] = []
-            for position, train_position in sorted(copies.items()):
-                examples.append(f"{train.names[train_position]!r} is {part.names[position]!r}")
+            for position, original in sorted(copies.items()):
+                examples.append(f"{originals.names[original]!r} is {part.names[position]!r}")
             alike = sum(position in files for position in copies) - len(equal)
             kind = similar_text(alike)
-            duplicate = "is also a training image" if len(copies) == 1 else "are also training images"
+            noun = f"{split_text(seen)} image"
+            duplicate = f"is also a {noun}" if len(copies) == 1 else f"are also {noun}s"
             messages.append(
                 f"{len(copies)} of {len(part)} {name} images {duplicate}{kind}, e.g. {listed(examples)}; "
                 f"{name} results are optimistic; remove the copies from one split"
@@ -154,6 +166,11 @@ def _pixel_digest(images: ImageDataset, position: int) -> bytes:
     return hashlib.blake2b(repr((pixels.shape, str(pixels.dtype))).encode() + pixels.tobytes(), digest_size=16).digest()
 
 
+def _exceeds_pairs(train: ImageDataset, others: ImageDataset) -> bool:
+    """Return whether two datasets have too many pairs of inspected images to compare their thumbnails."""
+    return len(known_metadata(train)) * len(known_metadata(others)) > _MAX_PAIRS
+
+
 def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int]:
     """Find near-duplicates of training images: re-encoded, resized or compressed copies.
 
@@ -168,7 +185,7 @@ def find_near_copies(train: ImageDataset, others: ImageDataset) -> dict[int, int
     for images in (train, others):
         inspected = {position: metadata.thumbnail for position, metadata in known_metadata(images).items()}
         thumbnails.append({position: pixels for position, pixels in inspected.items() if pixels.std() > _FLAT})
-    if not all(thumbnails) or len(thumbnails[0]) * len(thumbnails[1]) > _MAX_PAIRS:
+    if not all(thumbnails) or _exceeds_pairs(train, others):
         return {}
     positions = [np.array(list(by_position)) for by_position in thumbnails]
     stacked = [np.stack(list(by_position.values())) for by_position in thumbnails]

@@ -182,10 +182,19 @@ def walk_visible(folder: Path, *, root: Path | None = None) -> Iterator[Path]:
 
     Links to folders are followed only if `root` (the folder of a split) is given, each target once, and only if the
     target is outside `root` and does not contain `root`.
+
+    Raises:
+        PermissionError: If a folder may not be read.
     """
+
+    def reject_unreadable(error: OSError) -> None:
+        """Raise the error of an unreadable folder, which `os.walk` would skip; a folder may be deleted meanwhile."""
+        if isinstance(error, PermissionError):
+            raise error
+
     top = None if root is None else os.path.realpath(root)
     visited = set()
-    for current, folders, names in os.walk(folder, followlinks=root is not None):
+    for current, folders, names in os.walk(folder, onerror=reject_unreadable, followlinks=root is not None):
         visible = sorted(name for name in folders if not name.startswith("."))
         folders.clear()
         for name in visible:

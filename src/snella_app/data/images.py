@@ -9,6 +9,7 @@ import math
 import os
 import stat
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff"),
     *(".gif", ".ppm", ".pgm", ".pbm", ".avif"),
 )
+# the documented limit is twice Pillow's, where it raises DecompressionBombError
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
 """Formats that Pillow may decode, regardless of the file name; pillow-heif adds HEIF. EPS is excluded because
 decoding it starts Ghostscript."""
@@ -43,6 +46,8 @@ _NUMPY_START = b"\x93NUMPY"
 _REDUCIBLE = ("L", "RGB", "CMYK", "YCbCr")
 """Pillow modes whose values can be averaged."""
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_MAX_ASPECT = 200
+"""Maximum ratio of the sides of an image."""
 """Modes of 8-bit images by number of channels; images with a different number of channels are arrays."""
 _THUMBNAIL_SIDE = 16
 _DRAFT = (256, 256)
@@ -151,12 +156,14 @@ def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageMetadat
             array = array_tensor(values, reading.white)
             bits = "8" if array.dtype == torch.uint8 else "16 or more"
             mode = f"{reading.channels} channels of {bits} bits"
+            _check_aspect(array.shape[-1], array.shape[-2])
             metadata = metadata_of(to_pil_image(first_channels(array)), mode, "array")
             if values.dtype == np.uint16:
                 brightest = float(array.max())
             return replace(metadata, brightest=brightest)
         with open_image(file) as image:
             size = image.size
+            _check_aspect(*size)
             mode = image.mode
             file_format = image.format or ""
             has_pages = file_format != "MPO" and bool(getattr(image, "is_animated", False))
@@ -164,7 +171,7 @@ def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageMetadat
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             metadata = metadata_of(to_channels(image, reading), mode, file_format)
-            if mode.startswith("I;16"):
+            if mode.startswith("I;16") or (mode == "I" and np.asarray(image).max(initial=0) > 255):
                 brightest = min(float(np.asarray(image).max(initial=0)) / reading.white, 1.0)
             return replace(metadata, size=size, has_pages=has_pages, brightest=brightest)
 
@@ -173,6 +180,21 @@ def metadata_of(image: Image.Image, mode: str = "", kind: str = "") -> ImageMeta
     """Return the metadata of a decoded image."""
     thumbnail = image.convert("L").resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BOX)
     return ImageMetadata(image.size, mode or image.mode, kind, False, np.asarray(thumbnail))
+
+
+def check_shape(image: Image.Image | Tensor, name: str | Path) -> None:
+    """Raise ValueError for a very elongated image, because resizing its shorter side would need gigabytes."""
+    width, height = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
+    try:
+        _check_aspect(width, height)
+    except ValueError as error:
+        raise ValueError(f"'{name}' is not a readable image: {error}") from None
+
+
+def _check_aspect(width: int, height: int) -> None:
+    """Raise ValueError if the sides of an image differ by more than a factor of `_MAX_ASPECT`."""
+    if max(width, height) > _MAX_ASPECT * min(width, height):
+        raise ValueError(f"its sides may differ by a factor of at most {_MAX_ASPECT}, got {width}×{height}")
 
 
 def check_regular(file: File) -> None:
@@ -421,15 +443,21 @@ def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
         white: Value of 16-bit images that maps to white.
 
     Raises:
-        ValueError: If the image has floating-point values, whose white value is unknown.
+        ValueError: If the image has floating-point values, whose white value is unknown, or integers outside 0 to
+            65,535.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
         values = np.asarray(image)
-        # mode I has 32 bits, so only the values show whether the content has 8 or 16 bits
-        is_deep = values.max(initial=0) > 255 or image.mode != "I"
-        gray = eight_bits(values, white) if is_deep else values.clip(0).astype(np.uint8)
+        if values.min(initial=0) < 0 or values.max(initial=0) > FULL_WHITE:
+            raise ValueError(
+                f"values must be from 0 to {FULL_WHITE:,}, got {values.min():,} to {values.max():,}; scale them, and "
+                "save the image with 8 or 16 bits"
+            )
+        # mode I has 32 bits, so only the values and `white` show whether the content has 8 or 16 bits
+        is_deep = values.max(initial=0) > 255 or white != FULL_WHITE or image.mode != "I"
+        gray = eight_bits(values, white) if is_deep else values.astype(np.uint8)
         if "transparency" in image.info:
             gray = np.where(values == image.info["transparency"], np.uint8(255), gray)
         return Image.fromarray(gray).convert("RGB")

@@ -6,6 +6,7 @@
 import difflib
 import functools
 import inspect
+import itertools
 import math
 import os
 from collections import Counter
@@ -452,16 +453,14 @@ def _missing_class_warnings(splits: DataSplits, target: TargetKind) -> list[str]
 
 
 def _shared_group_warnings(splits: DataSplits) -> list[str]:
-    """Return warnings about groups in both the training split and another split of the data."""
+    """Return warnings about groups that occur in several splits of the data."""
     messages = []
-    train_groups = set(splits.train.annotations.groups or [])
-    for name, part in splits.parts.items():
-        groups = set(part.annotations.groups or []) if name != "train" else set()
-        shared = sorted(train_groups & groups)
-        if shared:
+    groups = {name: set(part.annotations.groups or []) for name, part in splits.parts.items()}
+    for seen, name in itertools.combinations(groups, 2):
+        if shared := sorted(groups[seen] & groups[name]):
             messages.append(
-                f"{len(shared)} of {len(groups)} groups in {name} are also in train, e.g. {shared[0]!r}; results on "
-                f"{name} are optimistic; --columns split=none creates new splits that keep groups together"
+                f"{len(shared)} of {len(groups[name])} groups in {name} are also in {seen}, e.g. {shared[0]!r}; "
+                f"results on {name} are optimistic; --columns split=none creates new splits that keep groups together"
             )
     return messages
 

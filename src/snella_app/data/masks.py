@@ -12,7 +12,17 @@ from snella_app.console import counted
 from snella_app.data.collection import rarest_label_strata
 from snella_app.data.datasets import Annotations, Collection, MaskDataset
 from snella_app.data.folder import PARTS, existing_folder
-from snella_app.data.images import IMAGE_SUFFIXES, THRESHOLD, ImageMetadata, metadata_of, read_image, read_label_map
+from snella_app.data.images import (
+    HEIC_HINT,
+    THRESHOLD,
+    ImageMetadata,
+    has_heic,
+    is_heic,
+    is_image,
+    metadata_of,
+    read_image,
+    read_label_map,
+)
 from snella_app.data.options import DataConfig, TargetKind
 from snella_app.data.sources import FileImages, FileMasks, decode_all
 from snella_app.text import listed
@@ -150,8 +160,10 @@ def collect_masks(
     empty = [part for part, split_pairs in readable.items() if not split_pairs]
     if not errors:
         errors += [f"no readable pair of image and mask in the split '{part}'" for part in empty]
-    if not errors and len(labels) < 2:
-        errors.append(f"masks must have at least two labels, got only {next(iter(labels))}")
+    if not errors and len(labels) < 2 and class_names is None:
+        errors.append(
+            f"masks must have at least two labels, got only {next(iter(labels))}; list absent classes in {_CLASS_FILE}"
+        )
     if errors:
         raise ValueError(f"{spec} cannot be used: {'; '.join(errors)}")
     thresholded = sum(check.is_thresholded for check in good.values())
@@ -204,7 +216,9 @@ def _files(folder: Path, root: Path, errors: list[str]) -> dict[str, Path]:
         return {}
     files: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith("."):
+        if is_heic(file) and not has_heic() and not file.name.startswith("."):
+            errors.append(f"{file.relative_to(root)} is an HEIC image; {HEIC_HINT}")
+        if not is_image(file):
             continue
         if file.stem in files:
             errors.append(f"duplicate name in {folder.relative_to(root)}/: {files[file.stem].name}, {file.name}")

@@ -133,12 +133,16 @@ class DataConfig(Config):
         return self.tta if isinstance(self.tta, int) else 1
 
     def coerce_fields(self) -> list[str]:
-        """Convert the fields, add the prefix to a bare path in `spec`, and return the errors."""
+        """Convert the fields, complete the paths in `spec` and `columns`, and return the errors."""
         errors = super().coerce_fields()
         if self.spec:
             from snella_app.data.load import full_spec
 
             object.__setattr__(self, "spec", full_spec(self.spec))
+        if isinstance(self.columns, str):
+            from snella_app.data.columns import with_absolute_root
+
+            object.__setattr__(self, "columns", with_absolute_root(self.columns))
         return errors
 
     def errors(self) -> list[str]:

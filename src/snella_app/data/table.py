@@ -33,7 +33,7 @@ def load_table(path: str, config: DataConfig, target: TargetKind, *, kind: str) 
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     root = columns.root or file.parent
-    source = FileImages([root / name for name in names], config.reading)
+    source = FileImages([_located(root, name) for name in names], config.reading)
     samples = Samples(file.stem, where, source, names, table, roles)
     for row, image in enumerate(source.paths):
         reason = outside_reason(image, [root]) if kind == "parquet" and names[row] else ""
@@ -104,11 +104,20 @@ def table_paths(path: str | Path, columns: Columns, kind: str | None = None) -> 
     table, _ = read_table(str(path), kind)
     roles = columns.resolve(table, ("path",), str(path))
     folder = columns.root or expand_user(path).parent
-    paths = [folder / name for name in paths_in(table, roles["path"]) if name]
+    paths = [_located(folder, name) for name in paths_in(table, roles["path"]) if name]
     reasons = (outside_reason(image, [folder]) for image in paths) if kind == "parquet" else ()
     if reason := next(filter(None, reasons), None):
         raise ValueError(f"{path} must list images below its folder: {reason}")
     return paths
+
+
+def _located(folder: Path, name: str) -> Path:
+    r"""Return the path of an image; Windows separators (`a\b.png`) are replaced if there is no file of that name."""
+    path = folder / name
+    if "\\" in name and not os.path.isfile(path):
+        other = folder / name.replace("\\", "/")
+        return other if os.path.isfile(other) else path
+    return path
 
 
 def _read_csv(file: Path) -> dict[str, list[Any]]:

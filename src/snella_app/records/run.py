@@ -35,6 +35,8 @@ class BackboneInfo:
         seed: Seed of newly initialized weights.
         architecture: timm model name, or None for models outside timm.
         channels: Number of image channels.
+        paths: Absolute paths of `name` and `weights` if they are local files or folders.
+        digests: SHA-256 of `name` and `weights` if they are local files.
     """
 
     name: str
@@ -45,6 +47,8 @@ class BackboneInfo:
     seed: int | None = field(default=None, metadata=OPTIONAL)
     architecture: str | None = None
     channels: int = field(default=3, metadata=OPTIONAL)
+    paths: dict[str, str] | None = field(default=None, metadata=OPTIONAL)
+    digests: dict[str, str] | None = field(default=None, metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
         """Check sizes against their limits."""

@@ -21,6 +21,7 @@ from snella_app.data.copies import find_equal_images, find_near_copies, similar_
 from snella_app.data.datasets import ImageDataset, read_at_side
 from snella_app.data.load import DataSplits, has_columns, load_data
 from snella_app.data.options import DataConfig
+from snella_app.data.protocol import PROTOCOLS
 from snella_app.data.sources import show_reading
 from snella_app.records.record import plain, read
 from snella_app.records.run import Calibration, RunInfo
@@ -131,7 +132,8 @@ def evaluate(
         training_note = _training_note(loaded, run_splits, originals, chosen)
     reduced, labels = _run_model(loaded, splits.classes, datasets, batch_size, console)
     scores = loaded.task.metrics(reduced, labels)
-    notes = [*splits.notes, training_note, unfinished_note(loaded)]
+    selection_note = _selection_note(loaded, chosen) if run_splits is not None and training_note is None else None
+    notes = [*splits.notes, training_note, selection_note, unfinished_note(loaded)]
     return {
         "data": _spec(loaded, data),
         "split": chosen,
@@ -140,6 +142,16 @@ def evaluate(
         "classes": loaded.classes,
         **scores,
     }
+
+
+def _selection_note(loaded: LoadedRun, split: Split) -> str | None:
+    """Return a note if the epoch was selected on the evaluated split of the run's data, and None otherwise."""
+    protocol = PROTOCOLS[loaded.info.protocol]
+    if protocol.selected_on != split:
+        return None
+    if split == "test":
+        return protocol.warning
+    return "the epoch was selected on the validation images, so results are optimistic"
 
 
 def _training_note(
@@ -369,6 +381,7 @@ def _run_model(
     if unknown:
         raise ValueError(
             f"the run was not trained on the classes {unknown} of the data; its classes are {loaded.classes}"
+            + ("; list them in classes.txt in the folder of the masks" if loaded.task.target == "masks" else "")
         )
     task = loaded.task
     class_indices = [loaded.classes.index(name) for name in classes]

@@ -314,7 +314,7 @@ class BaseRunFolder(Generic[S]):
             )
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"out must be a folder, got the file {str(self.path)!r}; choose another name")
-        if status is None and self._has_unexpected_files():
+        if status is None and self._has_unexpected_files(config.run.overwrite):
             raise FileExistsError(f"out={self.path} contains files but no run; choose a new or empty folder")
         return config.resolved()
 
@@ -422,12 +422,22 @@ class BaseRunFolder(Generic[S]):
             )
         return stored.replace(**{name: requested[name] for name in SESSION_FIELDS if name in requested})
 
-    def _has_unexpected_files(self) -> bool:
-        """Return whether the folder contains anything other than runs, the files of a run, and hidden files."""
+    def _has_unexpected_files(self, overwrite: bool) -> bool:
+        """Return whether a folder without `run.json` contains anything that a new run should not replace.
+
+        Other runs and hidden files are allowed, as is what a process killed before it wrote `run.json` leaves:
+        `config.yaml` and an empty `checkpoints`, or, if it was replacing an old run, any file of a run. `overwrite`
+        allows all of them.
+        """
         if not self.path.is_dir():
             return False
-        unexpected = (entry for entry in self.path.iterdir() if entry.name not in (*self.files, *self.folders))
-        return any(not entry.name.startswith(".") and not (entry / "run.json").is_file() for entry in unexpected)
+        if overwrite or (self.path / _NEW_CONFIG).is_file():
+            own: tuple[str, ...] = (*self.files, *self.folders)
+        else:
+            is_empty = self.checkpoints.is_dir() and not any(self.checkpoints.iterdir())
+            own = ("config.yaml", "checkpoints") if is_empty else ("config.yaml",)
+        others = (entry for entry in self.path.iterdir() if entry.name not in own)
+        return any(not entry.name.startswith(".") and not (entry / "run.json").is_file() for entry in others)
 
     def clear(self) -> None:
         """Remove only the run's own files: checkpoints first, then `run.json`, which marks a run, then the rest."""

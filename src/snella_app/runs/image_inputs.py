@@ -117,6 +117,8 @@ def expand(
     for entry in images:
         prefix, rest = split_spec(str(entry))
         table = rest if prefix in ("csv:", "parquet:") else None
+        if not str(entry).strip():
+            raise ValueError(f"images must name a file or folder, got {str(entry)!r}")
         image = expand_user(table or entry)
         if str(entry) == "-":
             paths += check_listed(Path(line) for line in _input_lines() if line.strip())
@@ -244,8 +246,8 @@ def _input_lines() -> list[str]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """Return the images in a folder and its visible subfolders, sorted."""
-    return sorted(path for path in walk_visible(folder) if path.is_file() and is_image(path))
+    """Return the images in a folder and its visible subfolders, sorted. Links to folders elsewhere are followed."""
+    return sorted(path for path in walk_visible(folder, root=folder) if path.is_file() and is_image(path))
 
 
 def _paths_in_table(table: Path, kind: str | None, columns: str | None, run_columns: str | None) -> list[Path]:

@@ -81,7 +81,9 @@ def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collectio
 
 
 def find_data(run: Path, spec: str, absolute: str | None) -> str:
-    """Return the data specification of a run, with `absolute` in place of a relative path that no longer exists.
+    """Return the data specification of a run, with the absolute path in place of a relative one.
+
+    The relative path is used if it refers to the same folder, or if the absolute path no longer exists.
 
     Args:
         run: Folder of the run, for the error message.
@@ -100,11 +102,13 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
         if prefix == "hf:" or (prefix == "wds:" and not is_pattern):
             # a folder at training time; if it is missing now, `data_folder` takes it for a Hub name or a pattern
             folder = expand_user(path)
-    if folder is None or folder.exists():
+    if folder is None or (absolute is not None and str(folder.resolve()) == absolute and folder.exists()):
         return spec
     if absolute and path is not None and Path(absolute).exists():
         moved = Path(absolute) / Path(path).name if is_pattern else absolute
         return f"{prefix}{moved}"
+    if folder.exists():
+        return spec
     kind = "file" if folder.suffix in TABLE_SUFFIXES else "folder"
     locations = spec if absolute in (None, path) else f"{spec} or {absolute}"
     raise FileNotFoundError(

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
+from snella_app.backbones.local_files import located
 from snella_app.data.images import PILLOW_MODES
 from snella_app.data.options import FULL_WHITE, Reading
 from snella_app.data.transforms import build_transform
@@ -233,7 +234,11 @@ def make_backbone(backbone: BackboneInfo, task: str = "classification") -> nn.Mo
 
     New parameters are initialized from the run's seed. A run without a recorded value for `pretrained` used pre-trained
     weights.
+
+    Raises:
+        ValueError: If a local file of the pre-trained weights has changed.
     """
+    backbone = located(backbone)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(backbone.seed or 0)
         return task_class(task).build_model(

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from snella_app.data.images import check_shape
 from snella_app.methods import spec_of
 from snella_app.methods.model_parts import base_model, recorded_inputs
 from snella_app.records.record import read_if_present
@@ -30,7 +31,6 @@ from snella_app.tasks.classification import ClassificationTask
 from snella_app.tasks.task import MAX_VIEWS
 
 _THREADS = 4  # threads rather than processes, because decoding and resizing release the GIL
-_MAX_ASPECT = 200  # maximum ratio of the sides of an image
 
 Unsure = float | Literal["auto"] | None
 """Probability below which a prediction is unsure; `"auto"` selects the threshold of the run's calibration."""
@@ -295,16 +295,6 @@ def table_columns(run: str | Path) -> str | None:
     if not (Path(run) / "config.yaml").is_file():
         return None
     return RunFolder(run).read_config().data.columns
-
-
-def check_shape(image: Any, name: Path) -> None:
-    """Raise ValueError for a very elongated image, because resizing its shorter side would need gigabytes."""
-    width, height = image.size if isinstance(image, Image.Image) else (image.shape[-1], image.shape[-2])
-    if max(width, height) > _MAX_ASPECT * min(width, height):
-        raise ValueError(
-            f"'{name}' is not a readable image: its sides may differ by a factor of at most {_MAX_ASPECT}, "
-            f"got {width}×{height}"
-        )
 
 
 def run_task_class(run: str | Path) -> type[Task]:

@@ -21,12 +21,11 @@ from snella.kernels import Factors
 from snella.layer import SnellaLayer
 from snella.merge import MergeCache, write_effective_weight
 from snella.update import Update
-from snella_app.data.images import read_image
+from snella_app.data.images import check_shape, read_image
 from snella_app.device import choose_device
 from snella_app.methods import merge_trained
 from snella_app.methods.model_parts import base_model
 from snella_app.runs.model import LoadedRun, check_batch_size, load_single_run, make_backbone
-from snella_app.runs.predict import check_shape
 
 _MIB = 2**20
 _MAX_REPLACED = 0.25  # maximum fraction of the backbone that a task may replace, e.g. its head, tokens, and norms

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler
 
 from snella_app.backbones.create import build_sized
+from snella_app.backbones.local_files import with_local_files
 from snella_app.config.sections import DEFAULT_BATCH_SIZE, MethodConfig, ModelConfig, OptimConfig, RunConfig
 from snella_app.console import print_line, track_progress
 from snella_app.data.datasets import ImageDataset, MaskDataset, read_at_side
@@ -309,7 +310,7 @@ def build(
         resolve_data_config(backbone, model.img_size), is_resized_whole=data.splits.is_resized_whole
     )
     pretrained_config = getattr(backbone, "pretrained_cfg", None) or {}  # only timm models have one
-    info = dataclasses.replace(info, architecture=pretrained_config.get("architecture") or None)
+    info = dataclasses.replace(with_local_files(info), architecture=pretrained_config.get("architecture") or None)
     augment: Any = task.augment if config.augment == "auto" else config.augment
     train_transform = build_transform(data_config, augment=augment, random_erasing=config.random_erasing)
     transform = build_transform(data_config)

@@ -96,8 +96,8 @@ def train_folds(config: TrainConfig, console: Console | None = None, **options: 
 
 def _fold_config(config: TrainConfig, fold: int, run: RunFolder) -> TrainConfig:
     """Return the settings of a fold. A fold that has started continues with its stored settings."""
-    if run.status is None:
-        return config.replace(fold=fold, out=str(run.path), resume=False, overwrite=False)
+    if run.status is None:  # the folder may have files of an old fold whose removal was interrupted
+        return config.replace(fold=fold, out=str(run.path), resume=False, overwrite=True)
     values = config.flat()
     session = {name: values[name] for name in (*SESSION_FIELDS, "data")}
     return TrainConfig.from_flat(**{**session, "out": str(run.path), "resume": True, "overwrite": False})

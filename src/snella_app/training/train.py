@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from snella import SnellaCallback
+from snella_app.backbones.local_files import located
 from snella_app.config.train import TrainConfig
 from snella_app.console import counted, make_console, print_line
 from snella_app.device import choose_device
@@ -121,6 +122,9 @@ def train(
         _check_available(config, device)
         if stored is not None:
             config = config.replace(data=find_data(run.path, str(config.data.spec), stored.folder))
+        if resumed is not None:
+            backbone = located(resumed.backbone)
+            config = config.replace(backbone=backbone.name, weights=backbone.weights)
         loaded = load(config.data, config.optim, config.run, console, data)
         if config.data.channels != 3:
             channels = counted(config.data.channels, "channel")
@@ -154,12 +158,14 @@ def train(
 
 
 def _with_initial_settings(config: TrainConfig, initial: RunFolder) -> TrainConfig:
-    """Return the settings of a run that starts from `initial`, with the current location of inherited data."""
+    """Return the settings of a run that starts from `initial`, with the current paths of inherited data and weights."""
     inherited = initial.init_from_settings(config)
+    info = read(RunInfo, initial.path)
+    backbone = located(info.backbone)
+    inherited = inherited.replace(backbone=backbone.name, weights=backbone.weights)
     if config.data.spec is not None:
         return inherited
-    data_folder = read(RunInfo, initial.path).data.folder
-    return inherited.replace(data=find_data(initial.path, str(inherited.data.spec), data_folder))
+    return inherited.replace(data=find_data(initial.path, str(inherited.data.spec), info.data.folder))
 
 
 def _check_available(config: TrainConfig, device: torch.device) -> None:

@@ -1,10 +1,12 @@
+import os
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from snella_app.data import images
+from snella_app.data import copies, images
 from snella_app.data.load import load_data
 from snella_app.data.options import DataConfig
 
@@ -212,6 +214,40 @@ def test_images_in_two_splits_are_noted(write_images):
     (root / "test/a/copy.png").write_bytes((root / "train/a/001.png").read_bytes())
     (note,) = load(root).notes
     assert note.startswith("1 of 5 test images is also a training image, e.g. 'train/a/001.png' is 'test/a/copy.png'")
+
+
+def test_validation_images_among_the_test_images_are_noted(write_images):
+    root = write_images({"train/a": 4, "train/b": 4, "val/a": 2, "val/b": 2, "test/a": 2, "test/b": 2})
+    for part, index in (("train", 0), ("val", 90), ("test", 180)):  # the fixture draws equal images for all splits
+        for file in (root / part).rglob("*.png"):
+            pixels = np.random.default_rng([index, ord(file.parent.name), int(file.stem)]).integers(0, 256, (12, 12, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(file)
+    assert load(root).notes == []
+    (root / "test/a/copy.png").write_bytes((root / "val/a/001.png").read_bytes())
+    (note,) = load(root).notes
+    assert note.startswith("1 of 5 test images is also a validation image, e.g. 'val/a/001.png' is 'test/a/copy.png'")
+    assert note.endswith("; test results are optimistic; remove the copies from one split")
+
+
+def test_thumbnails_are_not_compared_for_too_many_pairs(write_images, monkeypatch):
+    root = write_images({"train/a": 4, "train/b": 4, "test/a": 2, "test/b": 2})
+    monkeypatch.setattr(copies, "_MAX_PAIRS", 16)
+    text = r"4 test images were compared with \d training images by file content only, because there are more than 16"
+    assert any(re.match(text, warning) for warning in load(root).warnings)
+
+
+def test_an_unreadable_subfolder_is_an_error(write_images, monkeypatch):
+    root = write_images({"a/deep": 4, "b": 4})
+    scandir = os.scandir
+
+    def deny(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(PermissionError, match="deep"):
+        load(root)
 
 
 def test_images_of_other_suffixes_are_detected_by_content(write_images, monkeypatch):

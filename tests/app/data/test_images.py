@@ -2,6 +2,8 @@ import ast
 import contextlib
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -459,6 +461,37 @@ def test_copies_and_pages_are_noted(tmp_path):
         and note.endswith("is 'test/a/again.jpg'; test results are optimistic; remove the copies from one split")
         for note in notes
     ), notes
+
+
+@pytest.mark.parametrize("values", [[[0, 70_000]], [[-5, 90]]])
+def test_integers_outside_the_range_of_16_bits_are_an_error(values, tmp_path):
+    Image.fromarray(np.array(values, np.int32)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=r"x.tif' is not a readable image: values must be from 0 to 65,535, got"):
+        read_image(tmp_path / "x.tif")
+
+
+def test_the_white_value_applies_to_all_32_bit_integers(tmp_path):
+    Image.fromarray(np.array([[0, 200]], np.int32)).save(tmp_path / "x.tif")
+    assert read_image(tmp_path / "x.tif").getpixel((1, 0)) == (200, 200, 200)
+    assert read_image(tmp_path / "x.tif", Reading(white=4095)).getpixel((1, 0)) == (12, 12, 12)
+
+
+def test_very_elongated_images_are_not_inspected(tmp_path):
+    Image.new("RGB", (2010, 10)).save(tmp_path / "strip.png")
+    with pytest.raises(
+        ValueError, match=r"strip.png' is not a readable image: its sides may differ .* 200, got 2010×10"
+    ):
+        inspect_image(tmp_path / "strip.png", "strip.png")
+    Image.new("RGB", (2000, 10)).save(tmp_path / "strip.png")
+    assert inspect_image(tmp_path / "strip.png", "strip.png").size == (2000, 10)
+
+
+def test_large_images_below_the_limit_give_no_warning(tmp_path):
+    Image.new("1", (9500, 9500)).save(tmp_path / "large.png")
+    assert Image.MAX_IMAGE_PIXELS < 9500**2
+    code = "import sys; from snella_app.data.images import open_image; open_image(sys.argv[1])"
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / "large.png"], capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stderr
 
 
 def test_sixteen_bit_gray_with_a_transparent_value_keeps_the_other_values(tmp_path):

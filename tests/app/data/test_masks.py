@@ -6,6 +6,7 @@ import pytest
 from PIL import Image, features
 from rich.console import Console
 
+from snella_app.data import images, masks
 from snella_app.data.check import check_data
 from snella_app.data.datasets import MaskDataset
 from snella_app.data.images import read_label_map
@@ -38,6 +39,32 @@ def test_palette_masks_are_read_as_indices(tmp_path):
     mask.save(tmp_path / "m.png")
     labels, is_thresholded = read_label_map(tmp_path / "m.png")
     assert labels.tolist() == [[0, 1], [2, 1]] and not is_thresholded
+
+
+def test_images_with_masks_are_detected_by_content(tmp_path, monkeypatch):
+    root = write_pairs(tmp_path / "m", 10)
+    first, second = sorted((root / "images").iterdir())[:2]
+    first.rename(first.with_suffix(".jpe"))
+    assert sum(map(len, load_data(f"masks:{root}").parts.values())) == 10
+    second.rename(second.with_suffix(".heic")).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    monkeypatch.setattr(masks, "has_heic", lambda: False)
+    monkeypatch.setattr(images, "has_heic", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"images/.*\.heic is an HEIC image; HEIC images need pillow-heif: pip install"
+    ):
+        load_data(f"masks:{root}")
+
+
+def test_masks_without_foreground_are_accepted_with_a_list_of_classes(tmp_path):
+    root = write_pairs(tmp_path / "m", 10)
+    for file in (root / "masks").iterdir():
+        with Image.open(file) as mask:
+            mask.load()
+        Image.new("L", mask.size).save(file)
+    with pytest.raises(ValueError, match=r"at least two labels, got only 0; list absent classes in classes\.txt"):
+        load_data(f"masks:{root}")
+    (root / "classes.txt").write_text("background\nleaf\n")
+    assert load_data(f"masks:{root}").classes == ["background", "leaf"]
 
 
 @pytest.mark.parametrize("ending", [".jpg", ".avif"])

@@ -156,6 +156,28 @@ def test_a_split_column_is_used_and_shared_groups_are_reported(write_table):
         load_data(f"csv:{write_table(rows_of(20, patients=3))}", DataConfig(columns="split=patient,label=species"))
 
 
+def test_groups_shared_by_validation_and_test_images_are_reported(write_table):
+    parts = ("train", "train", "val", "test")
+    rows = [(*row[:2], "ab"[part == "train"], part) for row, part in zip(rows_of(20), 5 * parts, strict=True)]
+    data = load_data(f"csv:{write_table(rows, (*COLUMNS, 'split'))}")
+    text = "1 of 1 groups in test are also in val, e.g. 'a'; results on test are optimistic"
+    assert any(warning.startswith(text) for warning in data.warnings)
+
+
+def test_windows_paths_are_found(write_table):
+    file = write_table(rows_of(20))
+    file.write_text(file.read_text().replace("/", "\\"))
+    assert sum(map(len, parts_of(load_data(f"csv:{file}")))) == 20
+    paths = table_paths(file, Columns())
+    assert len(paths) == 20 and all(path.is_file() for path in paths)
+
+
+def test_the_root_folder_of_columns_becomes_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert DataConfig(columns="path=file, root=images").columns == f"path=file,root={tmp_path / 'images'}"
+    assert DataConfig(columns="path=file").columns == "path=file"
+
+
 def test_unusable_rows_are_reported_or_skipped(write_table, tmp_path):
     rows = [*rows_of(20), ("images/gone.png", "cat", "p1"), ("images/bad.jpg", "dog", "p2"), ("images/20.png", "", "p")]
     (tmp_path / "images/bad.jpg").write_text("no image")

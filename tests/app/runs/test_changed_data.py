@@ -4,6 +4,8 @@ import io
 import shutil
 
 import pytest
+import timm
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -162,6 +164,10 @@ def test_a_relative_folder_is_found_from_another_directory(photos, tmp_path, mon
     assert absolute_folder("folder:all") == str(photos) and absolute_folder("digits") is None
     monkeypatch.chdir(tmp_path)
     assert find_data(tmp_path, "folder:all", stored) == f"folder:{photos}"
+    (tmp_path / "all").mkdir()  # a different folder of the same name
+    assert find_data(tmp_path, "folder:all", stored) == f"folder:{photos}"
+    assert find_data(tmp_path, "folder:all", str(tmp_path / "gone")) == "folder:all"
+    (tmp_path / "all").rmdir()
     with pytest.raises(FileNotFoundError, match=r"no folder at folder:all or .*gone; pass its new location"):
         find_data(tmp_path, "folder:all", str(tmp_path / "gone"))
 
@@ -184,6 +190,23 @@ def test_relative_datasets_and_shards_are_found_from_another_directory(tmp_path,
     assert find_data(tmp_path, "hf:owner/name", None) == "hf:owner/name"
     with pytest.raises(FileNotFoundError, match=r"no folder at hf:data or .*gone; pass its new location"):
         find_data(tmp_path, "hf:data", str(tmp_path / "gone"))
+
+
+def test_weights_are_found_from_another_directory(settings, photos, console, no_report, tmp_path, monkeypatch):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for seed, folder in enumerate(folders):  # two folders with different weights of the same name
+        folder.mkdir()
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_vit").state_dict(), folder / "w.pth")
+    monkeypatch.chdir(folders[0])
+    config = settings(method="linear", epochs=1, weights="w.pth", pretrained=True, out=str(tmp_path / "run"))
+    run = train(config, console)
+    expected = load(run.path).predict(photos)
+    monkeypatch.chdir(folders[1])
+    assert load(run.path).predict(photos) == expected
+    (folders[1] / "w.pth").replace(folders[0] / "w.pth")
+    with pytest.raises(ValueError, match=r"pre-trained weights of the run have changed: .*first/w.pth differs"):
+        load(run.path)
 
 
 def test_resuming_on_changed_images_is_rejected_and_changes_nothing(interrupted, my_photos):

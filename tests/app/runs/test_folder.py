@@ -112,6 +112,27 @@ def test_a_folder_with_other_files_is_rejected(tmp_path):
         RunFolder(file).resolve_settings(config(file))
 
 
+@pytest.mark.parametrize(
+    "name", ["masks/drawn.png", "adapter/model.safetensors", "checkpoints/best.pt", "metrics.json"]
+)
+def test_a_folder_with_files_named_like_those_of_a_run_is_rejected(tmp_path, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match="contains files but no run"):
+        RunFolder(tmp_path).resolve_settings(config(tmp_path))
+    assert file.read_text() == "mine"
+
+
+def test_a_start_that_was_killed_early_can_be_repeated(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.prepare(config(run.path).resolved(), is_resumed=False)
+    assert run.resolve_settings(config(run.path)).run.out == str(run.path)
+    (run.path / ".new-config.yaml").write_text("")  # killed while it removed an old run
+    run.adapter.mkdir()
+    assert run.resolve_settings(config(run.path)).run.out == str(run.path)
+
+
 def test_overwrite_removes_only_the_run(tmp_path):
     run = create_run(tmp_path / "run", "finished")
     (run.path / "notes.txt").write_text("mine")

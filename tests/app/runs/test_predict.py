@@ -523,6 +523,19 @@ def test_hidden_folders_are_ignored_as_in_training(photos, tmp_path):
     assert {path.parent for path in expand([tmp_path])} == {tmp_path / "cats/old"}
 
 
+def test_linked_folders_are_searched_as_in_training(photos, tmp_path):
+    (tmp_path / "linked").symlink_to(photos / "cats")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert expand([tmp_path]) == sorted(tmp_path.glob("linked/*.png"))
+
+
+def test_a_blank_path_is_not_the_current_folder(photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    for path in ("", " "):
+        with pytest.raises(ValueError, match=f"images must name a file or folder, got '{path}'"):
+            expand([path])
+
+
 def test_features_of_an_mlp_head_are_its_inputs(finished):
     model = build_method("mlp-3", timm.create_model("test_vit", num_classes=3, img_size=32))
     width = model.num_features

@@ -135,6 +135,16 @@ def test_the_official_protocol_selects_on_test_images_and_reports_it(runs):
     assert "official: the epoch was selected on the test images" in printed.getvalue()
 
 
+def test_evaluating_the_images_of_the_selection_is_noted(runs):
+    official = evaluate(runs["official"].path)
+    assert any(note.startswith("the epoch was selected on the test images") for note in official["notes"])
+    text = "the epoch was selected on the validation images, so results are optimistic"
+    notes = evaluate(runs["standard"].path, split="val")["notes"]
+    assert text in notes or any("final head was also fitted" in note for note in notes)
+    for name in ("standard", "final"):
+        assert not any("the epoch was selected" in note for note in evaluate(runs[name].path)["notes"])
+
+
 def test_only_the_official_report_warns(runs):
     for name in ("standard", "final"):
         assert "optimistic" not in runs[name].report.read_text()

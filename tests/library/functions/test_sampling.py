@@ -33,6 +33,20 @@ def test_estimate_is_unbiased():
     assert (error.abs() < 4.5 * deviation + 1e-6 * actual.abs().amax()).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_estimate_does_not_depend_on_the_default_dtype(dtype):
+    grad_y, x = torch.randn(4096, 8), torch.randn(4096, 8)
+    torch.manual_seed(0)
+    expected = sample_tokens(grad_y, x, 0.5)
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(0)
+        actual = sample_tokens(grad_y, x, 0.5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 def test_sampling_by_norm_has_lower_error_than_uniform_sampling():
     grad_y, x = uneven_tokens()
     exact, k = grad_y.T @ x, TOKENS // 4
@@ -157,6 +171,6 @@ def test_weight_gradient_values_are_parsed():
 def test_the_last_draw_is_never_a_token_without_gradient(monkeypatch):
     grad_y, x = torch.randn(TOKENS, OUTPUTS), torch.randn(TOKENS, INPUTS)
     grad_y[TOKENS // 2 :] = 0  # padding
-    monkeypatch.setattr(torch, "rand", lambda *shape, device=None: torch.full(shape, 1 - 2.0**-24))
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 1 - 2.0**-24))
     sampled, _ = sample_tokens(grad_y, x, 1 / 4)
     assert sampled.isfinite().all() and sampled.any(1).all()

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 from snella import BudgetAllocator, create_snella_optimizer
 from snella.allocation import budget_at
@@ -340,6 +341,31 @@ def test_optimizer_state_contains_the_allocators_of_all_adapters(mlp):
     resumed_optimizer.load_state_dict(optimizer.state_dict())
     for name, allocator in allocators.items():
         assert resumed[name].budgets == allocator.budgets and resumed[name].history == allocator.history
+
+
+def test_optimizer_state_contains_the_allocators_of_all_models(mlp):
+    def attach_both():
+        models = nn.ModuleList([mlp.adapted(), mlp.adapted(target_sparsity=0.9)])
+        optimizer = make_optimizer(models)
+        return models, optimizer, [make_allocator(model).attach(optimizer) for model in models]
+
+    models, optimizer, allocators = attach_both()
+    for number in range(1, 8):
+        optimizer.zero_grad()
+        sum(mlp.run(model, mlp.inputs(number)).square().sum() for model in models).backward()
+        optimizer.step()
+    _, resumed_optimizer, resumed = attach_both()
+    resumed_optimizer.load_state_dict(optimizer.state_dict())
+    assert allocators[0].budgets != allocators[1].budgets
+    for allocator, other in zip(allocators, resumed, strict=True):
+        assert (other.step, other.budgets, other.history) == (7, allocator.budgets, allocator.history)
+
+
+def test_models_with_different_settings_need_an_allocator_each(mlp):
+    models = nn.ModuleList([mlp.adapted(), mlp.adapted(target_sparsity=0.9)])
+    with pytest.raises(ValueError, match=r"target_sparsity must be the same in all PEFT models .*, got 0.7 and 0.9"):
+        make_allocator(models)
+    assert len(make_allocator(nn.ModuleList([mlp.adapted(), mlp.adapted()])).matrices) > 2
 
 
 def test_a_second_allocator_of_an_adapter_replaces_the_state_of_the_first(mlp):

@@ -415,8 +415,10 @@ def test_in_place_writes_change_the_base_weight(mlp):
     with torch.no_grad():
         layer.weight.mul_(2)
         layer.weight.data.add_(1)
-    assert (layer.base_layer.weight == 3).all()
-    assert not (layer.weight == 3).all()
+        assert (layer.base_layer.weight == 3).all()
+        torch.add(layer.base_layer.weight, 1, out=layer.weight)
+    assert (layer.base_layer.weight == 4).all()
+    assert not (layer.weight == 4).all()
 
 
 def test_writes_into_views_of_a_read_weight_do_not_reach_the_cached_weight(mlp):

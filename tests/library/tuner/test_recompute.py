@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 
 from snella import SnellaConfig
 from snella.layer import SnellaLayer
-from snella.memory.origins import GROUP, decode, encode, origin_of
+from snella.memory.origins import GROUP, Mark, decode, encode, origin_of
 from snella.memory.recompute import can_recompute, mark_outputs, unmark_outputs
 
 WIDTH = 12
@@ -320,6 +320,15 @@ def test_recomputation_is_logged_once(caplog):
         adapted(nn.GELU())
     lines = [record.message for record in caplog.records if "recomputing" in record.message]
     assert lines == ["recomputing inputs of adapted layers from 1 normalizations and activations"]
+
+
+def test_saved_outputs_load_without_their_mark(tmp_path):
+    base = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    model = get_peft_model(base, SnellaConfig(r=2, target_modules=["0"]))
+    output = model(torch.randn(2, 8))
+    torch.save(output, tmp_path / "output.pt")
+    loaded = torch.load(tmp_path / "output.pt")
+    assert torch.equal(loaded, output) and Mark.on(loaded) is None and Mark.on(copy.deepcopy(output.detach())) is None
 
 
 @pytest.mark.parametrize("compress", [False, True])

@@ -69,6 +69,14 @@ def test_training_a_merged_adapter_warns(mlp):
         optimizer.step()
 
 
+def test_adapters_whose_names_begin_alike_are_not_mistaken(mlp, tmp_path, recwarn):
+    model = get_peft_model(mlp.base(), mlp.config(), adapter_name="task")
+    model.add_adapter("task2", mlp.config())
+    model.save_pretrained(tmp_path, selected_adapters=["task2"])
+    model.load_adapter(tmp_path / "task2", "task2")
+    assert not [str(warning.message) for warning in recwarn if "not their budgets" in str(warning.message)]
+
+
 def test_state_dict_without_budgets_warns(mlp):
     model, restored = mlp.adapted(), mlp.adapted()
     BudgetAllocator(model, total_epochs=1, steps_per_epoch=1).advance_to(1)
