@@ -426,16 +426,19 @@ class BaseRunFolder(Generic[S]):
         """Return whether a folder without `run.json` contains anything that a new run should not replace.
 
         Other runs and hidden files are allowed, as is what a process killed before it wrote `run.json` leaves:
-        `config.yaml` and an empty `checkpoints`, or, if it was replacing an old run, any file of a run. `overwrite`
-        allows all of them.
+        `config.yaml` with an empty `checkpoints` and a `selection`, or, if it was replacing an old run, any file of a
+        run. `overwrite` allows all of them.
         """
         if not self.path.is_dir():
             return False
         if overwrite or (self.path / _NEW_CONFIG).is_file():
             own: tuple[str, ...] = (*self.files, *self.folders)
         else:
-            is_empty = self.checkpoints.is_dir() and not any(self.checkpoints.iterdir())
-            own = ("config.yaml", "checkpoints") if is_empty else ("config.yaml",)
+            has_checkpoints = self.checkpoints.exists() and (
+                not self.checkpoints.is_dir() or any(self.checkpoints.iterdir())
+            )
+            is_started = (self.path / "config.yaml").is_file() and not has_checkpoints
+            own = ("config.yaml", "checkpoints", "selection") if is_started else ()
         others = (entry for entry in self.path.iterdir() if entry.name not in own)
         return any(not entry.name.startswith(".") and not (entry / "run.json").is_file() for entry in others)
 

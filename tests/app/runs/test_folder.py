@@ -127,6 +127,7 @@ def test_a_folder_with_files_named_like_those_of_a_run_is_rejected(tmp_path, nam
 def test_a_start_that_was_killed_early_can_be_repeated(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.prepare(config(run.path).resolved(), is_resumed=False)
+    (run.path / "selection").mkdir()
     assert run.resolve_settings(config(run.path)).run.out == str(run.path)
     (run.path / ".new-config.yaml").write_text("")  # killed while it removed an old run
     run.adapter.mkdir()
