@@ -171,8 +171,8 @@ def inspect_image(file: File, name: str, reading: Reading = RGB) -> ImageMetadat
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             metadata = metadata_of(to_channels(image, reading), mode, file_format)
-            if mode.startswith("I;16") or (mode == "I" and np.asarray(image).max(initial=0) > 255):
-                brightest = min(float(np.asarray(image).max(initial=0)) / reading.white, 1.0)
+            if mode.startswith("I") and _is_deep(mode, highest := int(np.asarray(image).max(initial=0)), reading.white):
+                brightest = min(highest / reading.white, 1.0)
             return replace(metadata, size=size, has_pages=has_pages, brightest=brightest)
 
 
@@ -435,6 +435,11 @@ def is_heic(file: File) -> bool:
     return start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS
 
 
+def _is_deep(mode: str, highest: int, white: int) -> bool:
+    """Return whether an integer image has 16-bit values. In mode I (32 bits), only the values and `white` show this."""
+    return mode != "I" or highest > 255 or white != FULL_WHITE
+
+
 def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
     """Convert any mode to 8-bit RGB: blend transparency with white, repeat gray, and scale 16-bit values by `white`.
 
@@ -455,8 +460,7 @@ def to_rgb(image: Image.Image, white: int = FULL_WHITE) -> Image.Image:
                 f"values must be from 0 to {FULL_WHITE:,}, got {values.min():,} to {values.max():,}; scale them, and "
                 "save the image with 8 or 16 bits"
             )
-        # mode I has 32 bits, so only the values and `white` show whether the content has 8 or 16 bits
-        is_deep = values.max(initial=0) > 255 or white != FULL_WHITE or image.mode != "I"
+        is_deep = _is_deep(image.mode, int(values.max(initial=0)), white)
         gray = eight_bits(values, white) if is_deep else values.astype(np.uint8)
         if "transparency" in image.info:
             gray = np.where(values == image.info["transparency"], np.uint8(255), gray)

@@ -16,7 +16,6 @@ from snella_app.data.images import (
     HEIC_HINT,
     THRESHOLD,
     ImageMetadata,
-    has_heic,
     is_heic,
     is_image,
     metadata_of,
@@ -216,9 +215,9 @@ def _files(folder: Path, root: Path, errors: list[str]) -> dict[str, Path]:
         return {}
     files: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
-        if is_heic(file) and not has_heic() and not file.name.startswith("."):
-            errors.append(f"{file.relative_to(root)} is an HEIC image; {HEIC_HINT}")
         if not is_image(file):
+            if is_heic(file) and not file.name.startswith("."):
+                errors.append(f"{file.relative_to(root)} is an HEIC image; {HEIC_HINT}")
             continue
         if file.stem in files:
             errors.append(f"duplicate name in {folder.relative_to(root)}/: {files[file.stem].name}, {file.name}")

@@ -381,7 +381,11 @@ def _run_model(
     if unknown:
         raise ValueError(
             f"the run was not trained on the classes {unknown} of the data; its classes are {loaded.classes}"
-            + ("; list them in classes.txt in the folder of the masks" if loaded.task.target == "masks" else "")
+            + (
+                "; name the classes of the masks in classes.txt, next to images/"
+                if loaded.task.target == "masks"
+                else ""
+            )
         )
     task = loaded.task
     class_indices = [loaded.classes.index(name) for name in classes]

@@ -425,22 +425,26 @@ class BaseRunFolder(Generic[S]):
     def _has_unexpected_files(self, overwrite: bool) -> bool:
         """Return whether a folder without `run.json` contains anything that a new run should not replace.
 
-        Other runs and hidden files are allowed, as is what a process killed before it wrote `run.json` leaves:
-        `config.yaml` with an empty `checkpoints` and a `selection`, or, if it was replacing an old run, any file of a
-        run. `overwrite` allows all of them.
+        Other runs, hidden files, and the files of a process that was killed before it wrote `run.json` are allowed.
+        Such a process leaves its settings in `config.yaml`, an empty `checkpoints`, and a `selection`; if it was
+        replacing an old run, it may leave any file of a run. `overwrite` allows all files of a run.
         """
         if not self.path.is_dir():
             return False
         if overwrite or (self.path / _NEW_CONFIG).is_file():
             own: tuple[str, ...] = (*self.files, *self.folders)
         else:
-            has_checkpoints = self.checkpoints.exists() and (
-                not self.checkpoints.is_dir() or any(self.checkpoints.iterdir())
-            )
-            is_started = (self.path / "config.yaml").is_file() and not has_checkpoints
-            own = ("config.yaml", "checkpoints", "selection") if is_started else ()
+            own = ("config.yaml", "checkpoints", "selection") if self._has_only_settings() else ()
         others = (entry for entry in self.path.iterdir() if entry.name not in own)
         return any(not entry.name.startswith(".") and not (entry / "run.json").is_file() for entry in others)
+
+    def _has_only_settings(self) -> bool:
+        """Return whether the folder has the settings of a run, but no checkpoints."""
+        try:
+            self.read_config()
+        except (FileNotFoundError, ValueError):
+            return False
+        return not any(self.checkpoints.glob("*"))
 
     def clear(self) -> None:
         """Remove only the run's own files: checkpoints first, then `run.json`, which marks a run, then the rest."""

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, features
 from rich.console import Console
 
-from snella_app.data import images, masks
+from snella_app.data import images
 from snella_app.data.check import check_data
 from snella_app.data.datasets import MaskDataset
 from snella_app.data.images import read_label_map
@@ -47,7 +47,6 @@ def test_images_with_masks_are_detected_by_content(tmp_path, monkeypatch):
     first.rename(first.with_suffix(".jpe"))
     assert sum(map(len, load_data(f"masks:{root}").parts.values())) == 10
     second.rename(second.with_suffix(".heic")).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
-    monkeypatch.setattr(masks, "has_heic", lambda: False)
     monkeypatch.setattr(images, "has_heic", lambda: False)
     with pytest.raises(
         ValueError, match=r"images/.*\.heic is an HEIC image; HEIC images need pillow-heif: pip install"

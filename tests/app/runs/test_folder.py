@@ -113,7 +113,7 @@ def test_a_folder_with_other_files_is_rejected(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["masks/drawn.png", "adapter/model.safetensors", "checkpoints/best.pt", "metrics.json"]
+    "name", ["masks/drawn.png", "adapter/model.safetensors", "checkpoints/best.pt", "metrics.json", "config.yaml"]
 )
 def test_a_folder_with_files_named_like_those_of_a_run_is_rejected(tmp_path, name):
     file = tmp_path / name
