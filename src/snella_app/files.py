@@ -81,6 +81,16 @@ def expand_user(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # Path.expanduser raises RuntimeError for unknown users
 
 
+def current_path(path: Path, absolute: str | None) -> Path:
+    """Return the current path of a file or folder that was stored as typed and as an absolute path.
+
+    This is the absolute path, unless both refer to the same file or the absolute path is missing.
+    """
+    if absolute is None or not os.path.exists(absolute) or (path.exists() and str(path.resolve()) == absolute):
+        return path
+    return Path(absolute)
+
+
 def check_new(name: str, path: str | Path, *, overwrite: bool, is_folder: bool = False) -> None:
     """Check that an output does not exist or may be replaced.
 

@@ -1,13 +1,12 @@
 """Local files and folders of a run's pre-trained weights: their absolute paths and digests."""
 
 import dataclasses
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from snella_app.backbones.create import SAM_PREFIX, as_path
-from snella_app.files import expand_user, sha256_of
+from snella_app.files import current_path, expand_user, sha256_of
 from snella_app.records.run import BackboneInfo
 
 
@@ -25,9 +24,7 @@ def with_local_files(backbone: BackboneInfo) -> BackboneInfo:
 
 
 def located(backbone: BackboneInfo) -> BackboneInfo:
-    """Return a copy with the current paths of local weights.
-
-    A relative path is replaced by the absolute one, unless both refer to the same file or only the relative one exists.
+    """Return a copy with the current paths of local weights (see `current_path`).
 
     Raises:
         ValueError: If a file has changed since it was used for training.
@@ -36,16 +33,14 @@ def located(backbone: BackboneInfo) -> BackboneInfo:
     for name, absolute in (backbone.paths or {}).items():
         value = getattr(backbone, name)
         prefix, path = _split(name, value)
-        is_same = path is not None and path.exists() and str(path.resolve()) == absolute
-        if not is_same and os.path.exists(absolute):
-            value, path = f"{prefix}{absolute}", Path(absolute)
+        file = current_path(path or Path(absolute), absolute)
         digest = (backbone.digests or {}).get(name)
-        if digest is not None and path is not None and path.is_file() and _digest(path) != digest:
+        if digest is not None and file.is_file() and _digest(file) != digest:
             raise ValueError(
-                f"the pre-trained weights of the run have changed: {path} differs from the file used for training; "
+                f"the pre-trained weights of the run have changed: {file} differs from the file used for training; "
                 "restore it, or train again"
             )
-        current[name] = value
+        current[name] = value if file is path else f"{prefix}{file}"
     return dataclasses.replace(backbone, **current)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from snella_app.data.load import DataSplits, data_folder, load_data, split_spec, with_class_order
 from snella_app.data.options import DataConfig
 from snella_app.data.table import TABLE_SUFFIXES
-from snella_app.files import expand_user
+from snella_app.files import current_path, expand_user
 from snella_app.records.run import DataInfo
 from snella_app.runs.folder import RunFolder
 from snella_app.tasks import Task, task_class
@@ -81,9 +81,7 @@ def check_splits(run: Path, data: DataInfo, splits: DataSplits, names: Collectio
 
 
 def find_data(run: Path, spec: str, absolute: str | None) -> str:
-    """Return the data specification of a run, with the absolute path in place of a relative one.
-
-    The relative path is used if it refers to the same folder, or if the absolute path no longer exists.
+    """Return the data specification of a run with its current path (see `current_path`).
 
     Args:
         run: Folder of the run, for the error message.
@@ -102,11 +100,11 @@ def find_data(run: Path, spec: str, absolute: str | None) -> str:
         if prefix == "hf:" or (prefix == "wds:" and not is_pattern):
             # a folder at training time; if it is missing now, `data_folder` takes it for a Hub name or a pattern
             folder = expand_user(path)
-    if folder is None or (absolute is not None and str(folder.resolve()) == absolute and folder.exists()):
+    if folder is None:
         return spec
-    if absolute and path is not None and Path(absolute).exists():
-        moved = Path(absolute) / Path(path).name if is_pattern else absolute
-        return f"{prefix}{moved}"
+    current = current_path(folder, absolute)
+    if current is not folder and path is not None:
+        return f"{prefix}{current / Path(path).name if is_pattern else current}"
     if folder.exists():
         return spec
     kind = "file" if folder.suffix in TABLE_SUFFIXES else "folder"
