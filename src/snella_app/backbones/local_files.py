@@ -33,7 +33,9 @@ def located(backbone: BackboneInfo) -> BackboneInfo:
     for name, absolute in (backbone.paths or {}).items():
         value = getattr(backbone, name)
         prefix, path = _split(name, value)
-        file = current_path(path or Path(absolute), absolute)
+        if path is None:  # the path was replaced by a model name
+            continue
+        file = current_path(path, absolute)
         digest = (backbone.digests or {}).get(name)
         if digest is not None and file.is_file() and _digest(file) != digest:
             raise ValueError(

@@ -381,9 +381,11 @@ def load_merged(path: str | Path) -> nn.Module:
         raise ValueError(f"path must be a file written by snella merge, got {str(path)!r}: {error}") from error
     if "built_from" not in metadata or metadata.get("format") != "pt":  # a sparse file has a different format
         raise ValueError(f"path must be a file written by snella merge, got {str(path)!r} with different metadata")
-    backbone = record_from(BackboneInfo, {**json.loads(metadata["built_from"]), "pretrained": False})
+    # the file contains all weights, so the files with pre-trained weights may have changed
+    unchecked = {"pretrained": False, "digests": None}
+    backbone = record_from(BackboneInfo, {**json.loads(metadata["built_from"]), **unchecked})
     if metadata.get("architecture", "None") != "None":
-        # for a timm model, the file contains all weights, so the files with pre-trained weights may be missing
+        # for a timm model, they may also be missing
         if backbone.weights is not None and not expand_user(backbone.weights).is_file():
             backbone = replace(backbone, weights=None)
         is_path = Path(backbone.name).suffix in WEIGHT_SUFFIXES or Path(backbone.name).is_absolute()

@@ -1,5 +1,7 @@
 """Local weight files of a run keep their absolute paths and digests."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -39,6 +41,11 @@ def test_replaced_weights_are_an_error(folders):
     (folders[1] / "w.pth").replace(folders[0] / "w.pth")
     with pytest.raises(ValueError, match="restore it, or train again"):
         located(backbone)
+
+
+def test_a_model_name_in_place_of_a_path_is_kept(folders):
+    backbone = replace(with_local_files(BackboneInfo("w.pth")), name="test_vit")
+    assert located(backbone).name == "test_vit"
 
 
 def test_model_names_have_no_files(folders):

@@ -490,6 +490,11 @@ def test_a_merged_file_of_a_moved_backbone_file_keeps_its_size(settings, console
         expected = load_run(run.path).model(images)
         (tmp_path / "vit.safetensors").rename(tmp_path / "moved.safetensors")
         torch.testing.assert_close(load_merged(path)(images), expected)
+        changed = {name: tensor + 1 for name, tensor in backbone.state_dict().items()}
+        save_file(changed, tmp_path / "vit.safetensors")  # the merged file contains all weights
+        torch.testing.assert_close(load_merged(path)(images), expected)
+        with pytest.raises(ValueError, match="pre-trained weights of the run have changed"):
+            load_run(run.path)
 
 
 def test_loading_a_run_keeps_the_random_numbers(finished):
