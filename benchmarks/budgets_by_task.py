@@ -1,12 +1,16 @@
-"""Budgets and updates of SNELLA on fifteen tasks, as in Figures 10 and 12b of the paper.
+"""Budgets and updates of SNELLA on fifteen tasks, as in Figures 10, 12b and 16 of the paper.
 
 python benchmarks/budgets_by_task.py --folders-root ROOT --runs RUNS [--seeds 0 1]   appends to budgets_by_task.jsonl
+    [--importance sensitivity magnitude delta_magnitude]
 python benchmarks/budgets_by_task.py --table                                         writes docs/notes/paper.md
 
 `products/folders.py` writes ROOT. A `budget` row contains the sparsity of each block of a run. An `overlap` row
 contains the cosine similarity of two runs' updates, by block, and its expected value after random permutations of the
 entries. The two runs differ in the task, the seed, or both; runs with the same seed start from the same factors.
-Finished runs and existing rows are skipped.
+
+With several `--importance` metrics, the script instead appends an `evolution` row for each run. It contains the final
+sparsity of each block, its importance in the first and the last allocation during training (the mean over its
+matrices), and the fraction of matrices with a budget of zero. Finished runs and existing rows are skipped.
 """
 
 import argparse
@@ -16,14 +20,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from documents import markdown_table, put_between
+from scipy.stats import spearmanr
 
 from snella_app.cli.main import main as snella
 from snella_app.records.record import read_if_present
 from snella_app.records.run import RunInfo
 from snella_app.report.allocation import linear_trend
 from snella_app.text import decimal_text
-from snella_lab.analysis.budgets import layer_sparsities, read_budgeted_run
+from snella_lab.analysis.budgets import evolution, layer_sparsities, read_budgeted_run
+from snella_lab.analysis.plot import grouped
 from snella_lab.analysis.updates import overlap
 from snella_lab.bench.rows import append_rows, read_rows
 from snella_lab.comparison.statistics import difference_of
@@ -46,6 +53,8 @@ HELD_OUT = {"scripts": 100, "drums": 40}
 """Numbers of validation and test images; 74 for the other tasks."""
 PAIRS = ("task", "seed", "task and seed")
 """Differences between the two runs of an `overlap` row."""
+METRICS = {"sensitivity": "sensitivity", "magnitude": "magnitude", "delta_magnitude": "W-Magnitude"}
+"""Importance metrics of Figure 16, with the paper's names."""
 
 
 def main() -> None:
@@ -54,6 +63,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="folder for the runs")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--importance", nargs="+", choices=METRICS, default=["sensitivity"])
     parser.add_argument("--out", type=Path, default=ROWS)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
@@ -64,6 +74,12 @@ def main() -> None:
         parser.error("--folders-root and --runs are required")
     seeds = sorted(args.seeds)
     tasks = [task for task in TASKS if task in args.tasks]
+    if len(args.importance) > 1:
+        for seed, task, importance in itertools.product(seeds, tasks, args.importance):
+            run = args.runs / (f"{task}-{seed}" if importance == "sensitivity" else f"{task}-{importance}-{seed}")
+            train(task, seed, run, args.folders_root, importance)
+            append_new(args.out, {"kind": "evolution", "task": task, "metric": importance, "seed": seed}, run)
+        return
     for seed, task in itertools.product(seeds, tasks):
         run = args.runs / f"{task}-{seed}"
         train(task, seed, run, args.folders_root)
@@ -76,7 +92,7 @@ def main() -> None:
                 append_new(args.out, key, *runs)
 
 
-def train(task: str, seed: int, run: Path, root: Path) -> None:
+def train(task: str, seed: int, run: Path, root: Path, importance: str = "sensitivity") -> None:
     """Train SNELLA on a task."""
     info = read_if_present(RunInfo, run)
     if info is not None and info.is_finished:
@@ -93,6 +109,7 @@ def train(task: str, seed: int, run: Path, root: Path) -> None:
         "augment": "none",
         "precision": "fp32",
         "method": "snella-8",
+        "method-options.importance": importance,
         "seed": seed,
         "out": run,
     }
@@ -108,12 +125,18 @@ def append_new(out: Path, key: dict[str, Any], *runs: Path) -> None:
     rows = read_rows(out) if out.exists() else []
     if any(key == {name: row.get(name) for name in key} for row in rows):
         return
-    if len(runs) == 1:
-        run = read_budgeted_run(runs[0], runs[0].name)
-        measured = {"sparsity": [round(row["sparsity"], 5) for row in layer_sparsities(run, run.budgets, "block")]}
-    else:
+    measured: dict[str, Any]
+    if key["kind"] == "overlap":
         blocks = overlap(runs)[0].rows
         measured = {name: [round(block[name], 5) for block in blocks] for name in ("cosine", "chance", "jaccard")}
+    else:
+        run = read_budgeted_run(runs[0], runs[0].name)
+        measured = {"sparsity": [round(row["sparsity"], 5) for row in layer_sparsities(run, run.budgets, "block")]}
+    if key["kind"] == "evolution":
+        measured["frozen"] = round(fmean(budget == 0 for budget in run.budgets.values()), 5)
+        by_step = grouped(evolution(runs)[0].rows, "step")
+        for name, step in (("first", min(set(by_step) - {0})), ("last", max(by_step))):  # zero before the first step
+            measured[f"{name}_importance"] = [float(f"{block['importance']:.4g}") for block in by_step[step]]
     append_rows(out, [{**key, **measured, **measurement_info()}])
 
 
@@ -168,6 +191,39 @@ def overlap_table(rows: list[dict[str, Any]]) -> str:
         lines.append([differs, *(decimal_text(value, 3) for value in cells)])
     head = ["difference between the runs", "mean cosine", "lowest block", "highest block", "highest pair"]
     return markdown_table([*head, "by chance", "Jaccard index", "by chance"], lines, left=1)
+
+
+def evolution_table(rows: list[dict[str, Any]]) -> str:
+    """Return, by importance metric, the differences in sparsity between blocks and the changes of the importance."""
+    lines = []
+    for metric, name in METRICS.items():
+        values = evolution_values(rows, metric)
+        lines.append(
+            [name, *(decimal_text(fmean(column), digits) for column, digits in zip(values, (1, 1, 2), strict=True))]
+        )
+    head = [
+        "importance",
+        "standard deviation of the blocks' sparsity, points",
+        "frozen matrices, %",
+        "rank correlation",
+    ]
+    return markdown_table(head, lines, left=1)
+
+
+def evolution_values(rows: list[dict[str, Any]], metric: str) -> tuple[list[float], list[float], list[float]]:
+    """Return three values for each task, as means over seeds.
+
+    They are the standard deviation over blocks of the final sparsity in points, the percentage of frozen matrices, and
+    the rank correlation over blocks between the importance in the first and the last allocation.
+    """
+    spread, frozen, correlation = [], [], []
+    for task in TASKS:
+        runs = [row for row in rows if row["kind"] == "evolution" and (row["task"], row["metric"]) == (task, metric)]
+        spread.append(fmean(100 * float(np.std(row["sparsity"])) for row in runs))
+        frozen.append(fmean(100 * row["frozen"] for row in runs))
+        pairs = [(row["first_importance"], row["last_importance"]) for row in runs]
+        correlation.append(fmean(float(spearmanr(*pair).statistic) for pair in pairs))
+    return spread, frozen, correlation
 
 
 def random_jaccard(first: Iterable[float], second: Iterable[float]) -> float:
