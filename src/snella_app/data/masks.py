@@ -116,11 +116,10 @@ def collect_masks(
     """
     all_pairs = [pair for split_pairs in pairs.values() for pair in split_pairs]
     checks = dict(zip(all_pairs, decode_all(_check_pair, all_pairs), strict=True))
-    mask_names = {pair: pair.mask.relative_to(root).as_posix() for pair in all_pairs}
+    good = {pair: check for pair, check in checks.items() if not isinstance(check, str)}
     broken = {
         pair.image.relative_to(root).as_posix(): check for pair, check in checks.items() if isinstance(check, str)
     }
-    good = {pair: check for pair, check in checks.items() if not isinstance(check, str)}
     notes: list[str] = []
     if broken:
         named = listed(f"{name} ({reason})" for name, reason in broken.items())
@@ -129,35 +128,16 @@ def collect_masks(
             notes.append(f"skipped {text}")
         else:
             errors.append(f"{text} (skip them with --skip-corrupt (skip_corrupt=True))")
-    mismatched = [
-        f"{mask_names[pair]} is {_size(check.mask_size)}, its image {_size(check.metadata.size)}"
-        for pair, check in good.items()
-        if check.metadata.size != check.mask_size
-    ]
-    if mismatched:
-        errors.append(f"{counted(len(mismatched), 'mask')} with a different size than the image: {listed(mismatched)}")
     labels = {label for check in good.values() for label in check.labels}
     is_binary = all(check.is_thresholded or set(check.labels) <= {0, 255} for check in good.values())
     is_white_foreground = (class_names is None or len(class_names) == 2) and is_binary
     classes = class_names or (BINARY_CLASSES if is_white_foreground else _default_class_names(labels))
-    out_of_range: list[str] = []
-    for pair, check in good.items():
-        invalid = [str(label) for label in check.labels if label >= len(classes)]
-        if invalid:
-            out_of_range.append(f"{mask_names[pair]} has {', '.join(invalid[:5])}")
-    if out_of_range and not is_white_foreground:
-        reason = f"labels must be 0, 1, 2 … without gaps, or 0 and 255; list absent classes in {_CLASS_FILE}"
-        if class_names:
-            reason = f"the classes are {listed(classes)}"
-        errors.append(
-            f"{counted(len(out_of_range), 'mask')} with labels out of range 0 to {len(classes) - 1} ({reason}): "
-            f"{listed(out_of_range)}"
-        )
-    readable: dict[str, list[MaskPair]] = {}
-    for part, split_pairs in pairs.items():
-        readable[part] = [pair for pair in split_pairs if pair in good]
-    empty = [part for part, split_pairs in readable.items() if not split_pairs]
+    errors += _size_errors(good, root)
+    if not is_white_foreground:
+        errors += _label_errors(good, root, classes, are_named=class_names is not None)
+    readable = {part: [pair for pair in split_pairs if pair in good] for part, split_pairs in pairs.items()}
     if not errors:
+        empty = [part for part, split_pairs in readable.items() if not split_pairs]
         errors += [f"no readable pair of image and mask in the split '{part}'" for part in empty]
     if not errors and len(labels) < 2 and class_names is None:
         errors.append(
@@ -184,10 +164,44 @@ def collect_masks(
         images.metadata = {row: good[pair].metadata for row, pair in enumerate(split_pairs)}
         part_masks = FileMasks([pair.mask for pair in split_pairs], is_white_foreground=is_white_foreground)
         names = [pair.image.relative_to(root).as_posix() for pair in split_pairs]
-        indices = [stratum_indices[pair] for pair in split_pairs]
+        stratum_of_row = [stratum_indices[pair] for pair in split_pairs]
         annotations = Annotations([present[pair] for pair in split_pairs])
-        parts[part] = MaskDataset(images, part_masks, range(len(names)), names, indices, annotations)
+        parts[part] = MaskDataset(images, part_masks, range(len(names)), names, stratum_of_row, annotations)
     return Collection(root.name, classes, **parts, notes=notes, strata=strata, broken=broken)
+
+
+def _size_errors(checks: Mapping[MaskPair, _PairCheck], root: Path) -> list[str]:
+    """Return an error about masks of a different size than their images, if there are any."""
+    mismatched = [
+        f"{pair.mask.relative_to(root).as_posix()} is {_size(check.mask_size)}, its image {_size(check.metadata.size)}"
+        for pair, check in checks.items()
+        if check.metadata.size != check.mask_size
+    ]
+    if not mismatched:
+        return []
+    return [f"{counted(len(mismatched), 'mask')} with a different size than the image: {listed(mismatched)}"]
+
+
+def _label_errors(
+    checks: Mapping[MaskPair, _PairCheck], root: Path, classes: Sequence[str], *, are_named: bool
+) -> list[str]:
+    """Return an error about masks with labels out of range, if there are any.
+
+    `are_named` is True if the class names come from `classes.txt`.
+    """
+    out_of_range: list[str] = []
+    for pair, check in checks.items():
+        if invalid := [str(label) for label in check.labels if label >= len(classes)]:
+            out_of_range.append(f"{pair.mask.relative_to(root).as_posix()} has {', '.join(invalid[:5])}")
+    if not out_of_range:
+        return []
+    reason = f"labels must be 0, 1, 2 … without gaps, or 0 and 255; list absent classes in {_CLASS_FILE}"
+    if are_named:
+        reason = f"the classes are {listed(classes)}"
+    return [
+        f"{counted(len(out_of_range), 'mask')} with labels out of range 0 to {len(classes) - 1} ({reason}): "
+        f"{listed(out_of_range)}"
+    ]
 
 
 def find_pairs(folder: Path, root: Path, errors: list[str]) -> list[MaskPair]:

@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from snella_app.data.load import split_spec
 from snella_app.files import annotate_write_errors, check_new, create_folder, expand_user, write_bytes
 from snella_app.runs.image_inputs import check_columns, expand, new_files
 from snella_app.runs.model import unfinished_note
-from snella_app.runs.predict import check_order, load, run_task_class, table_columns
+from snella_app.runs.predict import Predictor, check_order, load, run_task_class, table_columns
 from snella_app.tasks.predictions import add_mask_name, check_mask_names, table_bytes
 from snella_app.text import listed, utf8_text
 
@@ -58,101 +59,161 @@ def predict_to_files(
         ImportError: If predictions or features are written as Parquet without pyarrow.
     """
     console = make_console()
-    task = run_task_class(run)
+    error_console = make_console(sys.stderr)
+    outputs = _Outputs(run_task_class(run), out, features, top_k, overwrite, watch)
     threshold = parse_unsure(unsure)
-    if features is not None and watch:
-        raise ValueError("features must be left out with watch, which never ends")
-    if features is not None:
-        _check_features(features, overwrite=overwrite)
     folders = [path for path in map(expand_user, images) if path.is_dir()]
-    writes_masks = task.target == "masks"
-    # the suffix selects the format of a table; masks and folders have no such format
-    suffix = "" if out is None or writes_masks or Path(out).is_dir() else Path(out).suffix.lower()
-    appends_rows = watch and suffix in (".csv", ".jsonl")
-    if watch and out is not None and not writes_masks and not appends_rows:
-        raise ValueError(f"out must end with .csv or .jsonl with watch, which appends rows, got {out!r}")
-    if watch and not folders:
-        raise ValueError(f"watch needs a folder among the images, got {', '.join(images)}")
-    task.check_output(out, top_k, overwrite=overwrite or appends_rows)
+    outputs.check(images, folders)
     check_order(Path(run), images)
     check_columns(columns, images)
     listed_images = [image for image in images if not watch or expand_user(image) not in folders]
     files: list[Path] = []
     if listed_images or not watch:
         files = expand(listed_images, columns, table_columns(run), keep_missing=skip_corrupt)
-    if writes_masks and out is not None:
-        check_mask_names(files, out)
-        if watch and any(Path(out).resolve().is_relative_to(folder.resolve()) for folder in folders):
-            raise ValueError(f"out must be outside the watched folders, since its masks are images, got {out!r}")
-    inputs = {Path(split_spec(image)[1] or image).resolve() for image in images}
-    for name, output in (("out", out), ("features", features)):
-        if output is not None and Path(output).resolve() in inputs and not (writes_masks and name == "out"):
-            raise ValueError(f"{name} must not be one of the images, folders or tables, got {output!r}")
+    outputs.check_files(files, images, folders)
     model = load(run, device, batch_size=batch_size)
     resolved = model.resolve_threshold(tta, threshold)  # also checks both arguments before files are changed
-    if appends_rows and overwrite:
-        Path(str(out)).unlink(missing_ok=True)
-    skipped: list[str] = []
-    error_console = make_console(sys.stderr)
     if (status_note := unfinished_note(model.loaded)) is not None:
         print_line(error_console, f"note: {status_note}")
-    names: list[Path] = []
-    mask_names: dict[str, Path] = {}
-    vectors: list[np.ndarray] = []
-    received_signals: list[int] = []
-
-    def skip(path: Path, reason: str) -> None:
-        """Remember a skipped image for the summary, or print it at once with `watch`."""
-        skipped.append(f"{str(path)!r} ({reason})")
-        if watch:  # there is no summary at the end
-            print_line(error_console, f"skipped {skipped[-1]}")
-
-    def predict_paths(paths: Iterable[Path]) -> Iterator[Any]:
-        """Yield the predictions of image files, and remember the files and their features."""
-        for prediction in model.iter_predictions(
-            paths,
-            tta=tta,
-            unsure=threshold,
-            skip_corrupt=skip_corrupt or watch,
-            on_skipped=skip,
-            on_features=None if features is None else vectors.append,
-        ):
-            if watch and writes_masks and out is not None:  # without `watch`, `check_mask_names` has checked all names
-                try:
-                    add_mask_name(mask_names, prediction.path)
-                except ValueError as error:
-                    skip(prediction.path, str(error))
-                    continue
-            names.append(prediction.path)
-            yield prediction
-
+    predicting = _Predicting(model, outputs, tta, threshold, skip_corrupt, error_console)
     if watch:
-        table = out if appends_rows else None
-        predictions: Iterable[Any] = _watch_predictions(predict_paths, files, folders, table, received_signals)
+        signals: list[int] = []
+        with _collect_signals(signals):
+            done = outputs.start_appending()
+            outputs.write(_watch_predictions(predicting.predict, files, folders, done, signals), console)
     else:
         progress_console = None if out is None else error_console  # printed predictions show the progress themselves
-        predictions = track_progress(predict_paths(files), "predicting", len(files), progress_console)
-    with _collect_signals(received_signals) if watch else contextlib.nullcontext():
-        if out is None:
-            for prediction in predictions:
-                print_line(console, f"{prediction.path}: {prediction.text(top_k)}")
-        elif appends_rows:
-            _append_rows(predictions, Path(out), top_k, console)
-        else:
-            task.write_predictions(predictions, out, top_k, overwrite=overwrite)
+        predictions = predicting.predict(files)
+        outputs.write(track_progress(predictions, "predicting", len(files), progress_console), console)
     if out is not None:
-        print_line(console, f"{counted(len(names), 'image')}: {out}")
+        print_line(console, f"{counted(len(predicting.names), 'image')}: {out}")
     if features is not None:
-        write_features(features, names, vectors, overwrite=overwrite)
-        print_line(console, f"features of {counted(len(names), 'image')}: {features}")
+        write_features(features, predicting.names, predicting.vectors, overwrite=overwrite)
+        print_line(console, f"features of {counted(len(predicting.names), 'image')}: {features}")
     if threshold == "auto" and resolved is None:
         print_line(
             console,
             "no prediction is marked as unsure: no threshold halves the validation error rate, or there are no "
             "validation errors",
         )
-    if skipped and not watch:
+    if predicting.skipped and not watch:
+        skipped = predicting.skipped
         print_line(error_console, f"skipped {counted(len(skipped), 'image')}: {listed(skipped)}")
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Outputs of `predict_to_files`; the other attributes are its arguments.
+
+    Attributes:
+        task: Task of the run.
+    """
+
+    task: Any
+    out: str | None
+    features: str | None
+    top_k: int | None
+    overwrite: bool
+    watch: bool
+
+    @property
+    def writes_masks(self) -> bool:
+        """Whether `out` is a folder for masks."""
+        return self.out is not None and self.task.target == "masks"
+
+    @property
+    def appends_rows(self) -> bool:
+        """Whether a row is appended to the table `out` for each image."""
+        # the suffix selects the format of a table; masks and folders have no such format
+        is_table = self.out is not None and not self.writes_masks and not Path(self.out).is_dir()
+        return self.watch and is_table and Path(str(self.out)).suffix.lower() in (".csv", ".jsonl")
+
+    def check(self, images: Sequence[str], folders: Sequence[Path]) -> None:
+        """Check the outputs before the images are listed; raise the errors of `predict_to_files`."""
+        if self.features is not None:
+            if self.watch:
+                raise ValueError("features must be left out with watch, which never ends")
+            _check_features(self.features, overwrite=self.overwrite)
+        if self.watch and self.out is not None and not self.writes_masks and not self.appends_rows:
+            raise ValueError(f"out must end with .csv or .jsonl with watch, which appends rows, got {self.out!r}")
+        if self.watch and not folders:
+            raise ValueError(f"watch needs a folder among the images, got {', '.join(images)}")
+        self.task.check_output(self.out, self.top_k, overwrite=self.overwrite or self.appends_rows)
+
+    def check_files(self, files: Sequence[Path], images: Sequence[str], folders: Sequence[Path]) -> None:
+        """Raise ValueError if an output would replace or join the images."""
+        if self.writes_masks:
+            out = Path(str(self.out))
+            check_mask_names(files, out)
+            if self.watch and any(out.resolve().is_relative_to(folder.resolve()) for folder in folders):
+                raise ValueError(
+                    f"out must be outside the watched folders, since its masks are images, got {self.out!r}"
+                )
+        inputs = {Path(split_spec(image)[1] or image).resolve() for image in images}
+        for name, output in (("out", None if self.writes_masks else self.out), ("features", self.features)):
+            if output is not None and Path(output).resolve() in inputs:
+                raise ValueError(f"{name} must not be one of the images, folders or tables, got {output!r}")
+
+    def start_appending(self) -> set[Path]:
+        """Return the images that need no prediction because `out` lists them; remove `out` to overwrite it."""
+        if not self.appends_rows:
+            return set()
+        table = Path(str(self.out))
+        if self.overwrite:
+            table.unlink(missing_ok=True)
+        return {path.resolve() for path in _images_in_rows(table)} if table.is_file() else set()
+
+    def write(self, predictions: Iterable[Any], console: Console) -> None:
+        """Print the predictions, or write them to `out`."""
+        if self.out is None:
+            for prediction in predictions:
+                print_line(console, f"{prediction.path}: {prediction.text(self.top_k)}")
+        elif self.appends_rows:
+            _append_rows(predictions, Path(self.out), self.top_k, console)
+        else:
+            self.task.write_predictions(predictions, self.out, self.top_k, overwrite=self.overwrite)
+
+
+class _Predicting:
+    """Predictions of image files, and the names, features, and errors of these files.
+
+    Attributes:
+        names: Files with a prediction.
+        vectors: Their features, if features are an output.
+        skipped: Skipped files with reasons.
+    """
+
+    def __init__(
+        self, model: Predictor, outputs: _Outputs, tta: int | None, unsure: Any, skip_corrupt: bool, console: Console
+    ) -> None:
+        self._model = model
+        self._outputs = outputs
+        self._options = {"tta": tta, "unsure": unsure, "skip_corrupt": skip_corrupt or outputs.watch}
+        self._console = console
+        self._mask_names: dict[str, Path] = {}
+        self.names: list[Path] = []
+        self.vectors: list[np.ndarray] = []
+        self.skipped: list[str] = []
+
+    def predict(self, paths: Iterable[Path]) -> Iterator[Any]:
+        """Yield the predictions of image files."""
+        on_features = None if self._outputs.features is None else self.vectors.append
+        options = {**self._options, "on_skipped": self._skip, "on_features": on_features}
+        for prediction in self._model.iter_predictions(paths, **options):
+            if self._outputs.watch and self._outputs.writes_masks:  # `check_files` did not see this file's name
+                try:
+                    add_mask_name(self._mask_names, prediction.path)
+                except ValueError as error:
+                    self._skip(prediction.path, str(error))
+                    continue
+            self.names.append(prediction.path)
+            yield prediction
+
+    def _skip(self, path: Path, reason: str) -> None:
+        """Record a skipped image for the summary, or print it at once with `watch`, which has no summary."""
+        self.skipped.append(f"{str(path)!r} ({reason})")
+        if self._outputs.watch:
+            print_line(self._console, f"skipped {self.skipped[-1]}")
 
 
 def write_features(
@@ -222,16 +283,13 @@ def _watch_predictions(
     predict_paths: Callable[[Iterable[Path]], Iterator[Any]],
     files: Sequence[Path],
     folders: Sequence[Path],
-    out: str | None,
+    done: set[Path],
     signals: Sequence[int],
 ) -> Iterator[Any]:
     """Yield predictions for files, then for new images in folders, until `signals` is no longer empty.
 
-    Images that are listed in `out`, the table of an earlier call, are not predicted again. Images that cannot be read
-    are tried again if they change.
+    Images in `done` are not predicted again. Images that cannot be read are tried again if they change.
     """
-    written = [] if out is None or not Path(out).is_file() else _images_in_rows(Path(out))
-    done = {path.resolve() for path in written}
     paths = [path for path in files if path.resolve() not in done]
     polls = new_files(folders, done)
     while not signals:

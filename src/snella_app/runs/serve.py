@@ -16,11 +16,11 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 from rich.console import Console
@@ -99,6 +99,15 @@ class ServerLimits:
         return int(min(self.files * self.mib * 2**20 + _OVERHEAD, self.total_megapixels * 1e6 * _BYTES_PER_PIXEL))
 
 
+class _Refused(Exception):
+    """Refusal of a request, with the status code and headers of the response."""
+
+    def __init__(self, status: int, reason: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.headers = headers
+
+
 class _PixelBudget:
     """Budget for the pixels in memory, shared by all requests.
 
@@ -111,17 +120,87 @@ class _PixelBudget:
         self._lock = threading.Lock()
 
     @contextmanager
-    def reserve(self, pixels: float) -> Iterator[bool]:
-        """Reserve pixels until the end of the block if they fit in the budget; yield whether they fit."""
+    def reserve(self, pixels: float) -> Iterator[None]:
+        """Reserve pixels until the end of the block; refuse the request if they do not fit in the budget."""
         with self._lock:
-            fits = self._used + pixels <= self._limit
-            reserved = pixels if fits else 0.0
-            self._used += reserved
+            if self._used + pixels > self._limit:
+                raise _Refused(503, "the server is busy with other requests; retry in a second", {"Retry-After": "1"})
+            self._used += pixels
         try:
-            yield fits
+            yield
         finally:
             with self._lock:
-                self._used -= reserved
+                self._used -= pixels
+
+
+@dataclass(frozen=True)
+class _Service:
+    """Predictions of a model within limits.
+
+    Attributes:
+        model: Model from `snella.load`.
+        limits: Limits for requests.
+        hosts: Lowercase names that a `Host` header may have.
+        tta: As for `Predictor.predict`.
+        unsure: As for `Predictor.predict`.
+        budget: Budget shared by all requests.
+    """
+
+    model: Predictor
+    limits: ServerLimits
+    hosts: frozenset[str]
+    tta: int | None
+    unsure: Unsure
+    budget: _PixelBudget
+
+    def check_headers(self, method: str, headers: Mapping[str, str]) -> float:
+        """Return the pixels that the body of a request counts as; refuse invalid headers and too long bodies."""
+        host = headers.get("host", "")
+        if not _is_allowed_host(host, self.hosts):
+            raise _Refused(400, f"Host must be an address or a name of this server, got {host!r}; add it with --hosts")
+        length = headers.get("content-length", "")
+        is_chunked = "transfer-encoding" in headers  # overrides Content-Length, so the size is unknown
+        if method == "POST" and (is_chunked or not length.isdecimal()):
+            raise _Refused(411, "the request must have a Content-Length header")
+        num_bytes = int(length) if length.isdecimal() else 0
+        if num_bytes > self.limits.request_bytes:
+            mib = self.limits.request_bytes / 2**20
+            raise _Refused(413, f"the request must have at most {f'{mib:,.0f}' if mib >= 10 else f'{mib:.3g}'} MiB")
+        return num_bytes / _BYTES_PER_PIXEL
+
+    def predict(self, uploads: Sequence[tuple[str, BinaryIO]], body_pixels: float) -> list[dict[str, Any]]:
+        """Return an entry with a prediction or an error for each uploaded file; refuse requests above a limit.
+
+        Args:
+            uploads: Names and contents of the files.
+            body_pixels: Pixels that the body of the request counts as.
+        """
+        limits = self.limits
+        if len(uploads) > limits.files:
+            raise _Refused(413, f"a request must have at most {limits.files} files, got {len(uploads)}")
+        entries: list[dict[str, Any]] = [{"name": utf8_text(name)} for name, _ in uploads]
+        accepted: list[int] = []
+        pixels = 0.0
+        for index, (_, file) in enumerate(uploads):
+            try:
+                pixels += _checked_pixels(file, limits, self.model.loaded.reading)
+                accepted.append(index)
+            except ValueError as error:
+                entries[index]["error"] = str(error)
+        if (cost := pixels + body_pixels) > limits.total_megapixels * 1e6:
+            rule = f"a request must have at most {limits.total_megapixels:g} million pixels, got {cost / 1e6:.1f}"
+            raise _Refused(413, f"{rule}; each byte counts as a quarter of a pixel; send fewer images per request")
+        failed: dict[Path, str] = {}
+        with self.budget.reserve(pixels):
+            images = [uploads[index][1].read() for index in accepted]
+            for prediction in self.model.iter_predictions(
+                images, tta=self.tta, unsure=self.unsure, skip_corrupt=True, on_skipped=failed.__setitem__
+            ):
+                entry = entries[accepted[_index(prediction.path)]]
+                entry.update(_utf8({"text": prediction.text(), **prediction.fields()}))
+        for path, reason in failed.items():
+            entries[accepted[_index(path)]]["error"] = f"not a readable image: {reason}"
+        return entries
 
 
 def create_app(
@@ -183,48 +262,26 @@ def create_app(
     info = model.loaded.info
     classes = [utf8_text(name) for name in model.classes]
     about = {"task": info.task, "method": info.method, "backbone": info.backbone.name, "classes": classes}
-    names = {"localhost", socket.gethostname().lower(), *(name.lower() for name in hosts)}
+    names = frozenset({"localhost", socket.gethostname().lower(), *(name.lower() for name in hosts)})
     budget = _PixelBudget(limits.total_megapixels * 1e6)
+    service = _Service(model, limits, names, tta, unsure, budget)
     page_text = _PAGE.read_text(encoding="utf-8")
     policy = _content_policy(page_text)
     app = FastAPI(title="snella", description=f"{info.method} on {info.backbone.name}", redoc_url=None)
-
-    def check_headers(request: Request) -> Any:
-        """Return an error response if the headers are invalid or announce too many bytes, else None."""
-        host = request.headers.get("host", "")
-        if not _is_allowed_host(host, names):
-            return JSONResponse(
-                {"error": f"Host must be an address or a name of this server, got {host!r}; add it with --hosts"},
-                400,
-            )
-        length = request.headers.get("content-length")
-        is_chunked = "transfer-encoding" in request.headers  # overrides Content-Length, so the size is unknown
-        if request.method == "POST" and (is_chunked or length is None or not length.isdigit()):
-            return JSONResponse({"error": "the request must have a Content-Length header"}, 411)
-        if length is not None and length.isdigit() and int(length) > limits.request_bytes:
-            mib = limits.request_bytes / 2**20
-            text = f"{mib:,.0f}" if mib >= 10 else f"{mib:.3g}"
-            return JSONResponse({"error": f"the request must have at most {text} MiB"}, 413)
-        return None
-
-    def busy() -> Any:
-        """Return the response to a request that exceeds the remaining budget."""
-        text = "the server is busy with other requests; retry in a second"
-        return JSONResponse({"error": text}, 503, {"Retry-After": "1"})
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Any]]) -> Any:
         """Check the headers, reserve the budget for the body, limit the duration, and log the request."""
         start = time.monotonic()
-        response = check_headers(request)
-        if response is None:
-            request.state.cost = int(request.headers.get("content-length", 0)) / _BYTES_PER_PIXEL
-            with budget.reserve(request.state.cost) as fits:  # before the body is received
-                try:
-                    async with asyncio.timeout(_REQUEST_S):
-                        response = await call_next(request) if fits else busy()
-                except TimeoutError:
-                    response = JSONResponse({"error": f"the request took longer than {_REQUEST_S} s"}, 408)
+        try:
+            request.state.pixels = service.check_headers(request.method, request.headers)
+            with budget.reserve(request.state.pixels):  # before the body is received
+                async with asyncio.timeout(_REQUEST_S):
+                    response = await call_next(request)
+        except _Refused as refusal:
+            response = await explain_refusal(request, refusal)
+        except TimeoutError:
+            response = JSONResponse({"error": f"the request took longer than {_REQUEST_S} s"}, 408)
         response.headers.update(_NOSNIFF)
         response.headers["Content-Security-Policy"] = _DOCS_POLICY if request.url.path in _DOCS else policy
         client = request.client.host if request.client else "-"
@@ -232,6 +289,11 @@ def create_app(
         duration_ms = 1000 * (time.monotonic() - start)
         log(f"{time.strftime('%H:%M:%S')} {client} {route} {response.status_code} {duration_ms:.0f} ms")
         return response
+
+    @app.exception_handler(_Refused)
+    async def explain_refusal(request: Request, error: _Refused) -> Any:
+        """Return the response to a refused request."""
+        return JSONResponse({"error": str(error)}, error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def explain_form(request: Request, error: RequestValidationError) -> Any:
@@ -261,39 +323,12 @@ def create_app(
     def predict(request: Request, files: list[UploadFile]) -> Any:
         """Run prediction on images, each a file in the form field `files`."""
         if request.query_params:
-            names = ", ".join(map(repr, request.query_params))
-            rule = f"the URL must have no query parameters, got {names}"
-            return JSONResponse({"error": f"{rule}; set options when starting snella serve"}, 422)
-        if len(files) > limits.files:
-            return JSONResponse({"error": f"a request must have at most {limits.files} files, got {len(files)}"}, 413)
-        entries: list[dict[str, Any]] = []
-        accepted: list[int] = []
-        pixels = 0.0
-        for index, file in enumerate(files):
-            name = file.filename or f"[{index}]"
-            entries.append({"name": utf8_text(name)})
-            try:
-                pixels += _checked_pixels(file.file, limits, model.loaded.reading)
-                accepted.append(index)
-            except ValueError as error:
-                entries[index]["error"] = str(error)
-        if (cost := pixels + request.state.cost) > limits.total_megapixels * 1e6:
-            rule = f"a request must have at most {limits.total_megapixels:g} million pixels, got {cost / 1e6:.1f}"
-            note = "each byte counts as a quarter of a pixel; send fewer images per request"
-            return JSONResponse({"error": f"{rule}; {note}"}, 413)
-        with budget.reserve(pixels) as fits:
-            if not fits:
-                return busy()
-            images = [files[index].file.read() for index in accepted]
-            failed: dict[Path, str] = {}
-            predictions = model.iter_predictions(
-                images, tta=tta, unsure=unsure, skip_corrupt=True, on_skipped=failed.__setitem__
+            got = ", ".join(map(repr, request.query_params))
+            raise _Refused(
+                422, f"the URL must have no query parameters, got {got}; set options when starting snella serve"
             )
-            for prediction in predictions:
-                entry = entries[accepted[_index(prediction.path)]]
-                entry.update(_utf8({"text": prediction.text(), **prediction.fields()}))
-        for path, reason in failed.items():
-            entries[accepted[_index(path)]]["error"] = f"not a readable image: {reason}"
+        uploads = [(file.filename or f"[{index}]", file.file) for index, file in enumerate(files)]
+        entries = service.predict(uploads, request.state.pixels)
         any_predicted = any("error" not in entry for entry in entries)
         return JSONResponse({"predictions": entries}, 200 if any_predicted else 422)
 
@@ -384,7 +419,7 @@ def _listener(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def _is_allowed_host(header: str, names: set[str]) -> bool:
+def _is_allowed_host(header: str, names: Collection[str]) -> bool:
     """Return whether a `Host` header is a known name or an IP address.
 
     Other names are rejected, because a page on another site could otherwise read responses by DNS rebinding.
