@@ -154,8 +154,8 @@ def pairs(seed: int, other_seed: int) -> Iterable[tuple[str, Run, Run]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the table of the `budget` rows and the table of the `overlap` rows."""
-    return f"{budget_table(rows)}\n\n{overlap_table(rows)}"
+    """Return the tables of the `budget`, `overlap`, and `evolution` rows."""
+    return "\n\n".join(make(rows) for make in (budget_table, overlap_table, evolution_table))
 
 
 def budget_table(rows: list[dict[str, Any]]) -> str:

@@ -370,6 +370,53 @@ def test_text_on_the_twin_of_table_ix_matches_the_measured_rows():
     assert_states(COMPARISONS, sentence, 100 * max(gain.high for gain in gains))
 
 
+def test_text_on_the_twin_of_table_x_matches_the_measured_rows():
+    from twin_tables import COMMITTED, read_cells
+
+    runs = FinalRuns(read_cells(COMMITTED))
+    scalings, intervals = ("", "-scaling-1"), ("epoch", "step")
+    for metric, worse, better, largest in (("magnitude", 1.5, 2.0, 7.2), ("w-magnitude", 0.3, 1.9, 5.9)):
+        results = [
+            runs.difference(f"sensitivity-{interval}{scaling}", f"{metric}-{interval}{scaling}", SUITE, METRIC)
+            for interval in intervals
+            for scaling in scalings
+        ]
+        means = [100 * result.mean for result in results]
+        assert (round(-min(means), 1), round(max(means), 1)) == (worse, better)
+        assert round(100 * max(result.high for result in results), 1) == largest
+    sentence = "it is between {} points worse and {} points better than magnitude, and between {} points worse and {}"
+    assert_states(COMPARISONS, sentence, 1.5, "2.0", 0.3, 1.9)
+    assert_states(COMPARISONS, "the intervals exclude an advantage of more than {} and {} points.", 7.2, 5.9)
+    pairs = [
+        (f"{metric}-epoch{scaling}", f"{metric}-step{scaling}")
+        for metric in ("sensitivity", "magnitude", "w-magnitude")
+        for scaling in scalings
+    ]
+    means = [-100 * runs.difference(*pair, SUITE, METRIC).mean for pair in pairs]
+    assert_states(COMPARISONS, "and scaling, by {:.1f} to {:.1f} points.", min(means), max(means))
+    by_task = [[fmean(runs.difference(*pair, [task], METRIC).mean for pair in pairs)] for task in SUITE]
+    assert max(by_task) < [0]
+    total = difference_of(by_task)
+    mean, low, high = (decimal_text(100 * value, 1) for value in (total.mean, total.low, total.high))
+    assert_states(
+        COMPARISONS, "is {} points, and it is negative on each dataset (95% interval {} to {};", mean, low, high
+    )
+    expected = " ".join(read_experiment("twin-table10").expected.split())
+    texts = []
+    for lower, higher, end in (
+        ("sensitivity-epoch", "magnitude-epoch", "below magnitude"),
+        ("sensitivity-epoch", "w-magnitude-epoch", "below W-Magnitude"),
+        ("sensitivity-epoch", "sensitivity-step", "below allocation per step"),
+    ):
+        result = runs.difference(f"{lower}-scaling-1", f"{higher}-scaling-1", SUITE, METRIC)
+        interval = f"[{-100 * result.high:.1f}, {-100 * result.low:.1f}]"
+        assert f"{-100 * result.mean:.1f} points {interval} {end}" in expected
+        mean, low, high = (signed_text(100 * value, 1) for value in (result.mean, result.low, result.high))
+        texts.append(f"{mean} ({low} to {high})")
+    sentence = "sensitivity minus magnitude {}, minus W-Magnitude {}; with sensitivity, per epoch minus per step {} |"
+    assert_states(PAPER, sentence, *texts)
+
+
 def test_text_on_the_twin_of_table_xii_matches_the_measured_rows():
     from twin_tables import COMMITTED, read_cells
 

@@ -10,7 +10,7 @@ from snella_app.text import count_text, decimal_text
 from snella_lab.bench.rows import is_step_time
 from snella_lab.comparison.statistics import difference_of
 
-from .pages import CHECKS, COSTS, LIBRARY, PAPER, README, SPEED, STEPS, assert_states, rows, span, table
+from .pages import CHECKS, COSTS, LIBRARY, PAPER, README, ROOT, SPEED, STEPS, assert_states, rows, span, table
 
 SMALL, VIT_B, VIT_L = "vit_small_patch14_dinov2", "vit_base_patch16_224", "vit_large_patch16_224"
 VIT_H, SWIN = "vit_huge_patch14_224", "swin_base_patch4_window7_224"
@@ -269,7 +269,7 @@ def test_text_on_budgets_and_updates_by_task_matches_the_measured_rows():
     for row in rows("budgets_by_task"):
         if row["kind"] == "budget":
             slopes[row["task"]].append(100 * linear_trend(range(12), row["sparsity"])[0])
-        else:
+        elif row["kind"] == "overlap":
             cosines[row["differs"]].append(row["cosine"])
             chance += row["chance"]
     falling = sum(max(seeds) < 0 for seeds in slopes.values())
@@ -308,3 +308,33 @@ def test_text_on_budgets_and_updates_by_task_matches_the_measured_rows():
     for differs in cosines:
         by_block = [fmean(values) for values in zip(*cosines[differs], strict=True)]
         assert sorted(range(12), key=by_block.__getitem__)[-2:] in ([10, 11], [11, 10])
+
+
+def test_text_on_importance_metrics_by_task_matches_the_measured_rows(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import budgets_by_task as module
+
+    measured = list(rows("budgets_by_task"))
+    spread, frozen, correlation = zip(
+        *(module.evolution_values(measured, name) for name in module.METRICS), strict=True
+    )
+
+    def difference(values, first, second):
+        names = list(module.METRICS)
+        pairs = zip(values[names.index(first)], values[names.index(second)], strict=True)
+        return difference_of([[a - b] for a, b in pairs])
+
+    spreads = [fmean(values) for values in spread]
+    result = difference(spread, "magnitude", "sensitivity")
+    ends = [decimal_text(value, 1) for value in (result.mean, result.low, result.high)]
+    sentence = "is {:.1f} points, compared with {:.1f} for sensitivity (difference {}, 95% interval {} to {})."
+    assert_states(PAPER, sentence, spreads[1], spreads[0], *ends)
+    assert spreads[1] < spreads[2] < spreads[0]
+    result = difference(correlation, "delta_magnitude", "sensitivity")
+    ends = [decimal_text(value, 2) for value in (result.mean, result.low, result.high)]
+    ranks = [fmean(values) for values in correlation]
+    sentence = "last allocation: {:.2f}) than with W-Magnitude ({:.2f}; difference {}, 95% interval {} to {})"
+    assert_states(PAPER, sentence, ranks[0], ranks[2], *ends)
+    assert ranks[0] > max(ranks[1:])
+    shares = [fmean(values) for values in frozen]
+    assert_states(PAPER, "sensitivity freezes {:.1f}% of the matrices, W-Magnitude only {:.1f}%.", shares[0], shares[2])
