@@ -353,7 +353,7 @@ def test_table_of_ten_epochs_in_the_notes_matches_the_measurements():
     means = {method: [fmean(accuracies[method][folder].values()) for folder in folders] for method in methods}
     for k, folder in enumerate(folders):
         seeds = [sorted(accuracies[method][folder]) for method in methods[:-1]]
-        assert all(found in ([0], [0, 1, 2]) and found == seeds[0] for found in seeds)
+        assert all(found in ([0, 1], [0, 1, 2]) and found == seeds[0] for found in seeds)
         cells = [decimal_text(100 * means[method][k], 1) for method in methods]
         assert f"| {folder} | {len(seeds[0])} | {' | '.join(cells)} |\n" in notes
     shown = [decimal_text(100 * fmean(means[method]), 1) for method in methods]
