@@ -10,7 +10,7 @@ from snella_app.text import count_text, decimal_text
 from snella_lab.bench.rows import is_step_time
 from snella_lab.comparison.statistics import difference_of
 
-from .pages import CHECKS, COSTS, LIBRARY, PAPER, README, ROOT, SPEED, STEPS, assert_states, rows, span, table
+from .pages import CHECKS, COSTS, LIBRARY, PAPER, PLOTS, README, ROOT, SPEED, STEPS, assert_states, rows, span, table
 
 SMALL, VIT_B, VIT_L = "vit_small_patch14_dinov2", "vit_base_patch16_224", "vit_large_patch16_224"
 VIT_H, SWIN = "vit_huge_patch14_224", "swin_base_patch4_window7_224"
@@ -336,5 +336,9 @@ def test_text_on_importance_metrics_by_task_matches_the_measured_rows(monkeypatc
     sentence = "last allocation: {:.2f}) than with W-Magnitude ({:.2f}; difference {}, 95% interval {} to {})"
     assert_states(PAPER, sentence, ranks[0], ranks[2], *ends)
     assert ranks[0] > max(ranks[1:])
+    sentence = "is {:.1f} points, compared with {:.1f} for sensitivity and {:.1f} for W-Magnitude."
+    assert_states(PLOTS, sentence, spreads[1], spreads[0], spreads[2])
+    sentence = "last allocation is {:.2f}, compared with {:.2f} for magnitude and {:.2f} for W-Magnitude."
+    assert_states(PLOTS, sentence, *ranks)
     shares = [fmean(values) for values in frozen]
     assert_states(PAPER, "sensitivity freezes {:.1f}% of the matrices, W-Magnitude only {:.1f}%.", shares[0], shares[2])
