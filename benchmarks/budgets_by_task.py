@@ -1,26 +1,25 @@
 """Budgets and updates of SNELLA on fifteen tasks, as in Figures 10, 12b and 16 of the paper.
 
 python benchmarks/budgets_by_task.py --folders-root ROOT --runs RUNS [--seeds 0 1]   appends to budgets_by_task.jsonl
-    [--importance sensitivity magnitude delta_magnitude]
+python benchmarks/budgets_by_task.py … --importance sensitivity magnitude delta_magnitude            the same
 python benchmarks/budgets_by_task.py --table                                         writes docs/notes/paper.md
 
 `products/folders.py` writes ROOT. A `budget` row contains the sparsity of each block of a run. An `overlap` row
 contains the cosine similarity of two runs' updates, by block, and its expected value after random permutations of the
 entries. The two runs differ in the task, the seed, or both; runs with the same seed start from the same factors.
 
-With several `--importance` metrics, the script instead appends an `evolution` row for each run. It contains the final
-sparsity of each block, its importance in the first and the last allocation during training (the mean over its
-matrices), and the fraction of matrices with a budget of zero. Finished runs and existing rows are skipped.
+With `--importance`, the script instead appends an `evolution` row for each run. It contains the final sparsity of each
+block, its importance in the first and the last allocation during training (the mean over its matrices), and the
+fraction of matrices with a budget of zero. Finished runs and existing rows are skipped.
 """
 
 import argparse
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any
 
-import numpy as np
 from documents import markdown_table, put_between
 from scipy.stats import spearmanr
 
@@ -29,7 +28,7 @@ from snella_app.records.record import read_if_present
 from snella_app.records.run import RunInfo
 from snella_app.report.allocation import linear_trend
 from snella_app.text import decimal_text
-from snella_lab.analysis.budgets import evolution, layer_sparsities, read_budgeted_run
+from snella_lab.analysis.budgets import METRIC_NAMES, evolution, layer_sparsities, read_budgeted_run
 from snella_lab.analysis.plot import grouped
 from snella_lab.analysis.updates import overlap
 from snella_lab.bench.rows import append_rows, read_rows
@@ -53,8 +52,8 @@ HELD_OUT = {"scripts": 100, "drums": 40}
 """Numbers of validation and test images; 74 for the other tasks."""
 PAIRS = ("task", "seed", "task and seed")
 """Differences between the two runs of an `overlap` row."""
-METRICS = {"sensitivity": "sensitivity", "magnitude": "magnitude", "delta_magnitude": "W-Magnitude"}
-"""Importance metrics of Figure 16, with the paper's names."""
+METRICS = ("sensitivity", "magnitude", "delta_magnitude")
+"""Importance metrics of Figure 16."""
 
 
 def main() -> None:
@@ -63,7 +62,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="folder for the runs")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--importance", nargs="+", choices=METRICS, default=["sensitivity"])
+    parser.add_argument("--importance", nargs="+", choices=METRICS, help="importance metrics to compare")
     parser.add_argument("--out", type=Path, default=ROWS)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
@@ -74,7 +73,7 @@ def main() -> None:
         parser.error("--folders-root and --runs are required")
     seeds = sorted(args.seeds)
     tasks = [task for task in TASKS if task in args.tasks]
-    if len(args.importance) > 1:
+    if args.importance:
         for seed, task, importance in itertools.product(seeds, tasks, args.importance):
             run = args.runs / (f"{task}-{seed}" if importance == "sensitivity" else f"{task}-{importance}-{seed}")
             train(task, seed, run, args.folders_root, importance)
@@ -196,18 +195,11 @@ def overlap_table(rows: list[dict[str, Any]]) -> str:
 def evolution_table(rows: list[dict[str, Any]]) -> str:
     """Return, by importance metric, the differences in sparsity between blocks and the changes of the importance."""
     lines = []
-    for metric, name in METRICS.items():
-        values = evolution_values(rows, metric)
-        lines.append(
-            [name, *(decimal_text(fmean(column), digits) for column, digits in zip(values, (1, 1, 2), strict=True))]
-        )
-    head = [
-        "importance",
-        "standard deviation of the blocks' sparsity, points",
-        "frozen matrices, %",
-        "rank correlation",
-    ]
-    return markdown_table(head, lines, left=1)
+    for metric in METRICS:
+        spread, frozen, correlation = map(fmean, evolution_values(rows, metric))
+        lines.append([METRIC_NAMES[metric], f"{spread:.1f}", f"{frozen:.1f}", f"{correlation:.2f}"])
+    head = ["importance", "standard deviation of the blocks' sparsity, points", "frozen matrices, %"]
+    return markdown_table([*head, "rank correlation"], lines, left=1)
 
 
 def evolution_values(rows: list[dict[str, Any]], metric: str) -> tuple[list[float], list[float], list[float]]:
@@ -219,7 +211,7 @@ def evolution_values(rows: list[dict[str, Any]], metric: str) -> tuple[list[floa
     spread, frozen, correlation = [], [], []
     for task in TASKS:
         runs = [row for row in rows if row["kind"] == "evolution" and (row["task"], row["metric"]) == (task, metric)]
-        spread.append(fmean(100 * float(np.std(row["sparsity"])) for row in runs))
+        spread.append(fmean(100 * pstdev(row["sparsity"]) for row in runs))
         frozen.append(fmean(100 * row["frozen"] for row in runs))
         pairs = [(row["first_importance"], row["last_importance"]) for row in runs]
         correlation.append(fmean(float(spearmanr(*pair).statistic) for pair in pairs))

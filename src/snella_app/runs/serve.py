@@ -263,8 +263,7 @@ def create_app(
     classes = [utf8_text(name) for name in model.classes]
     about = {"task": info.task, "method": info.method, "backbone": info.backbone.name, "classes": classes}
     names = frozenset({"localhost", socket.gethostname().lower(), *(name.lower() for name in hosts)})
-    budget = _PixelBudget(limits.total_megapixels * 1e6)
-    service = _Service(model, limits, names, tta, unsure, budget)
+    service = _Service(model, limits, names, tta, unsure, _PixelBudget(limits.total_megapixels * 1e6))
     page_text = _PAGE.read_text(encoding="utf-8")
     policy = _content_policy(page_text)
     app = FastAPI(title="snella", description=f"{info.method} on {info.backbone.name}", redoc_url=None)
@@ -275,7 +274,7 @@ def create_app(
         start = time.monotonic()
         try:
             request.state.pixels = service.check_headers(request.method, request.headers)
-            with budget.reserve(request.state.pixels):  # before the body is received
+            with service.budget.reserve(request.state.pixels):  # before the body is received
                 async with asyncio.timeout(_REQUEST_S):
                     response = await call_next(request)
         except _Refused as refusal:

@@ -43,7 +43,7 @@ from snella_lab.style import style_of
 
 Layers = Literal["block", "matrix"]
 """Layer granularity: backbone blocks or single matrices."""
-_METRIC_NAMES = {
+METRIC_NAMES = {
     "sensitivity": "Sensitivity",
     "magnitude": "Magnitude",
     "delta_magnitude": "W-Magnitude",
@@ -74,7 +74,7 @@ class BudgetedRun:
     def metric(self) -> str:
         """The paper's name for the importance metric."""
         name = str(self.settings.get("importance", "sensitivity"))
-        return _METRIC_NAMES.get(name, name)
+        return METRIC_NAMES.get(name, name)
 
     def layers(self, by: Layers) -> dict[str, list[MatrixInfo]]:
         """Return the matrices of each layer (a block or a single matrix) in model order.
