@@ -1,7 +1,8 @@
-"""Budgets and updates of SNELLA on fifteen tasks, as in Figures 10, 12b and 16 of the paper.
+"""Budgets, updates, and features of SNELLA on fifteen tasks, as in Figures 10, 12, 13 and 16 of the paper.
 
 python benchmarks/budgets_by_task.py --folders-root ROOT --runs RUNS [--seeds 0 1]   appends to budgets_by_task.jsonl
 python benchmarks/budgets_by_task.py … --importance sensitivity magnitude delta_magnitude            the same
+python benchmarks/budgets_by_task.py … --lora                                                        the same
 python benchmarks/budgets_by_task.py --table                                         writes docs/notes/paper.md
 
 `products/folders.py` writes ROOT. A `budget` row contains the sparsity of each block of a run. An `overlap` row
@@ -10,12 +11,17 @@ entries. The two runs differ in the task, the seed, or both; runs with the same 
 
 With `--importance`, the script instead appends an `evolution` row for each run. It contains the final sparsity of each
 block, its importance in the first and the last allocation during training (the mean over its matrices), and the
-fraction of matrices with a budget of zero. Finished runs and existing rows are skipped.
+fraction of matrices with a budget of zero.
+
+With `--lora`, the script also trains LoRA and appends a `features` row for each task and seed. It contains, for the
+pre-trained model and both methods, the normalized mutual information (NMI) between the classes of the test images and
+the clusters of their features and, for both methods, the rank and the effective rank of the update of each block's
+attention output projection. Finished runs and existing rows are skipped.
 """
 
 import argparse
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -29,10 +35,11 @@ from snella_app.records.run import RunInfo
 from snella_app.report.allocation import linear_trend
 from snella_app.text import decimal_text
 from snella_lab.analysis.budgets import METRIC_NAMES, evolution, layer_sparsities, read_budgeted_run
+from snella_lab.analysis.images import PRETRAINED, features
 from snella_lab.analysis.plot import grouped
-from snella_lab.analysis.updates import overlap
+from snella_lab.analysis.updates import overlap, update
 from snella_lab.bench.rows import append_rows, read_rows
-from snella_lab.comparison.statistics import difference_of
+from snella_lab.comparison.statistics import Difference, difference_of
 from snella_lab.comparison.summary import difference_text
 from snella_lab.provenance import measurement_info
 
@@ -54,6 +61,10 @@ PAIRS = ("task", "seed", "task and seed")
 """Differences between the two runs of an `overlap` row."""
 METRICS = ("sensitivity", "magnitude", "delta_magnitude")
 """Importance metrics of Figure 16."""
+FEATURES = (PRETRAINED, "lora-8", "snella-8")
+"""Models of a `features` row."""
+PROJECTION = "blocks.11.attn.proj"
+"""Matrix whose update has its rank in a `features` row, with the corresponding matrices of the other blocks."""
 
 
 def main() -> None:
@@ -63,6 +74,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--importance", nargs="+", choices=METRICS, help="importance metrics to compare")
+    parser.add_argument("--lora", action="store_true", help="compare features and updates with those of LoRA")
     parser.add_argument("--out", type=Path, default=ROWS)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
@@ -79,6 +91,13 @@ def main() -> None:
             train(task, seed, run, args.folders_root, importance)
             append_new(args.out, {"kind": "evolution", "task": task, "metric": importance, "seed": seed}, run)
         return
+    if args.lora:
+        for seed, task in itertools.product(seeds, tasks):
+            runs = [args.runs / f"{task}-lora-{seed}", args.runs / f"{task}-{seed}"]
+            for method, run in zip(FEATURES[1:], runs, strict=True):
+                train(task, seed, run, args.folders_root, method=method)
+            append_new(args.out, {"kind": "features", "task": task, "seed": seed}, *runs)
+        return
     for seed, task in itertools.product(seeds, tasks):
         run = args.runs / f"{task}-{seed}"
         train(task, seed, run, args.folders_root)
@@ -91,8 +110,10 @@ def main() -> None:
                 append_new(args.out, key, *runs)
 
 
-def train(task: str, seed: int, run: Path, root: Path, importance: str = "sensitivity") -> None:
-    """Train SNELLA on a task."""
+def train(
+    task: str, seed: int, run: Path, root: Path, importance: str = "sensitivity", method: str = "snella-8"
+) -> None:
+    """Train SNELLA or LoRA on a task."""
     info = read_if_present(RunInfo, run)
     if info is not None and info.is_finished:
         return
@@ -107,13 +128,14 @@ def train(task: str, seed: int, run: Path, root: Path, importance: str = "sensit
         "test-size": images,
         "augment": "none",
         "precision": "fp32",
-        "method": "snella-8",
-        "method-options.importance": importance,
+        "method": method,
         "seed": seed,
         "out": run,
     }
     if task not in SMALL:
         settings["train-size"] = 300
+    if importance != "sensitivity":
+        settings["method-options.importance"] = importance
     arguments = [f"--{name}={value}" for name, value in settings.items()]
     if status := snella(["train", *arguments, "--overwrite"]):
         raise SystemExit(f"snella train {' '.join(arguments)} exited with status {status}")
@@ -128,6 +150,8 @@ def append_new(out: Path, key: dict[str, Any], *runs: Path) -> None:
     if key["kind"] == "overlap":
         blocks = overlap(runs)[0].rows
         measured = {name: [round(block[name], 5) for block in blocks] for name in ("cosine", "chance", "jaccard")}
+    elif key["kind"] == "features":
+        measured = measure_features(runs)
     else:
         run = read_budgeted_run(runs[0], runs[0].name)
         measured = {"sparsity": [round(row["sparsity"], 5) for row in layer_sparsities(run, run.budgets, "block")]}
@@ -137,6 +161,18 @@ def append_new(out: Path, key: dict[str, Any], *runs: Path) -> None:
         for name, step in (("first", min(set(by_step) - {0})), ("last", max(by_step))):  # zero before the first step
             measured[f"{name}_importance"] = [float(f"{block['importance']:.4g}") for block in by_step[step]]
     append_rows(out, [{**key, **measured, **measurement_info()}])
+
+
+def measure_features(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Return the NMI of the models in `FEATURES`, and the ranks and effective ranks of the runs' updates by block."""
+    scores = features(runs)[0].tables["nmi"]
+    matrices = grouped(update(runs, matrix=PROJECTION)[1].tables["ranks"], "run").values()
+    by_run = list(zip(FEATURES[1:], matrices, strict=True))
+    return {
+        "nmi": {name: round(row["nmi"], 5) for name, row in zip(FEATURES, scores, strict=True)},
+        "rank": {name: [row["rank"] for row in rows] for name, rows in by_run},
+        "effective_rank": {name: [round(row["effective_rank"], 2) for row in rows] for name, rows in by_run},
+    }
 
 
 Run = tuple[str, int]
@@ -153,8 +189,8 @@ def pairs(seed: int, other_seed: int) -> Iterable[tuple[str, Run, Run]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the tables of the `budget`, `overlap`, and `evolution` rows."""
-    return "\n\n".join(make(rows) for make in (budget_table, overlap_table, evolution_table))
+    """Return the tables of the `budget`, `overlap`, `evolution`, and `features` rows."""
+    return "\n\n".join(make(rows) for make in (budget_table, overlap_table, evolution_table, features_table))
 
 
 def budget_table(rows: list[dict[str, Any]]) -> str:
@@ -216,6 +252,41 @@ def evolution_values(rows: list[dict[str, Any]], metric: str) -> tuple[list[floa
         pairs = [(row["first_importance"], row["last_importance"]) for row in runs]
         correlation.append(fmean(float(spearmanr(*pair).statistic) for pair in pairs))
     return spread, frozen, correlation
+
+
+def features_table(rows: list[dict[str, Any]]) -> str:
+    """Return, by model, the mean NMI, its difference from LoRA's, and the mean ranks of the updates."""
+    lines = []
+    nmi = nmi_by_task(rows)
+    for model in FEATURES:
+        cells = [f"{fmean(map(fmean, nmi[model])):.3f}", "", "", ""]
+        if model != "lora-8":
+            cells[1] = difference_text(nmi_difference(rows, model, "lora-8"), len(TASKS), is_fraction=False)
+        if model != PRETRAINED:
+            cells[2:] = [f"{mean_rank(rows, name, model):.1f}" for name in ("rank", "effective_rank")]
+        lines.append([model, *cells])
+    head = ["model", "NMI", "minus `lora-8`, 95% interval", "rank of the update", "effective rank"]
+    return markdown_table(head, lines, left=1)
+
+
+def nmi_by_task(rows: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Return the NMI of each model, by task and seed."""
+    measured = [row for row in rows if row["kind"] == "features"]
+    return {
+        model: [[row["nmi"][model] for row in measured if row["task"] == task] for task in TASKS] for model in FEATURES
+    }
+
+
+def nmi_difference(rows: list[dict[str, Any]], model: str, other: str) -> Difference:
+    """Return the difference in NMI between two models."""
+    nmi = nmi_by_task(rows)
+    pairs = zip(nmi[model], nmi[other], strict=True)
+    return difference_of([[a - b for a, b in zip(*seeds, strict=True)] for seeds in pairs])
+
+
+def mean_rank(rows: list[dict[str, Any]], name: str, method: str) -> float:
+    """Return the mean `rank` or `effective_rank` of a method's updates over blocks and runs."""
+    return fmean(fmean(row[name][method]) for row in rows if row["kind"] == "features")
 
 
 def random_jaccard(first: Iterable[float], second: Iterable[float]) -> float:
