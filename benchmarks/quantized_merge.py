@@ -4,7 +4,8 @@ python benchmarks/quantized_merge.py             appends to quantized_merge.json
 python benchmarks/quantized_merge.py --table     writes docs/notes/checks.md
 
 The weight `W` of a 64×128 linear layer and the update `U` are random. Half of the entries of `U` are nonzero. The
-script merges an adapter with this update, which quantizes the weight again (`Q`). The error is `‖Q(W + U) − (W + U)‖ / ‖U‖`.
+script merges an adapter with this update, which quantizes the weight again (`Q`). The error is `‖Q(W + U) − (W + U)‖ /
+‖U‖`.
 """
 
 import argparse
