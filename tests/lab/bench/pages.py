@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[3]
 README, INDEX, SPEED = "README.md", "docs/index.md", "docs/speed.md"
 LIBRARY, TRAINING = "docs/library.md", "docs/training.md"
 STEPS, COSTS, CHECKS = "docs/notes/step-time.md", "docs/notes/cost-model.md", "docs/notes/checks.md"
+USING, GENERATION = "docs/using-a-run.md", "docs/generation.md"
 COMPARISONS, PAPER, PLOTS = "docs/notes/comparisons.md", "docs/notes/paper.md", "docs/plots.md"
 
 

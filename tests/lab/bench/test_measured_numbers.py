@@ -4,13 +4,30 @@ from collections import defaultdict
 from statistics import fmean
 
 import numpy as np
+import pytest
 
 from snella_app.report.allocation import linear_trend
 from snella_app.text import count_text, decimal_text
 from snella_lab.bench.rows import is_step_time
 from snella_lab.comparison.statistics import difference_of
 
-from .pages import CHECKS, COSTS, LIBRARY, PAPER, PLOTS, README, ROOT, SPEED, STEPS, assert_states, rows, span, table
+from .pages import (
+    CHECKS,
+    COSTS,
+    GENERATION,
+    LIBRARY,
+    PAPER,
+    PLOTS,
+    README,
+    ROOT,
+    SPEED,
+    STEPS,
+    USING,
+    assert_states,
+    rows,
+    span,
+    table,
+)
 
 SMALL, VIT_B, VIT_L = "vit_small_patch14_dinov2", "vit_base_patch16_224", "vit_large_patch16_224"
 VIT_H, SWIN = "vit_huge_patch14_224", "swin_base_patch4_window7_224"
@@ -342,3 +359,27 @@ def test_text_on_importance_metrics_by_task_matches_the_measured_rows(monkeypatc
     assert_states(PLOTS, sentence, *ranks)
     shares = [fmean(values) for values in frozen]
     assert_states(PAPER, "sensitivity freezes {:.1f}% of the matrices, W-Magnitude only {:.1f}%.", shares[0], shares[2])
+
+
+def test_text_on_the_scaling_of_generator_updates_matches_the_measured_rows(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = pytest.importorskip("generator_scaling")
+    runs = defaultdict(list)
+    for row in rows("generator_scaling"):
+        runs[row["scaling"]].append(row)
+    ratios = {
+        scaling: [module.mean_ratio(measured, step) / module.mean_ratio(runs[None], step) for step in module.STEPS]
+        for scaling, measured in runs.items()
+    }
+    sentence = "At the default value, 3, the update is {} times as large as LoRA's at the measured steps."
+    assert_states(GENERATION, sentence, span(ratios[3.0], 1))
+    assert_states(GENERATION, "At 1, as in the paper, it is {} times as large", span(ratios[1.0], 1))
+
+
+def test_text_on_sizes_of_sparse_files_matches_the_measured_rows():
+    sizes = {row["sparsity"]: row for row in rows("exports") if row["kind"] == "sparse"}
+    adapter = sizes[0.7]["adapter_bytes"]
+    assert_states(CHECKS, "it is smaller than the adapter ({:.2f} MiB) at a sparsity of 0.99", adapter / 2**20)
+    assert sizes[0.99]["fp32_bytes"] < adapter < sizes[0.97]["fp32_bytes"]
+    assert round(sizes[0.7]["fp32_bytes"] / adapter) == 10  # "ten times as large at the default"
+    assert_states(USING, "at a sparsity of 0.99, larger at 0.97, and ten times as large at the default, 0.7.")

@@ -74,6 +74,9 @@ def test_generated_tables_match_the_committed_rows(tmp_path):
         ("many_devices", "notes/checks.md"),
         ("budgets_by_task", "notes/paper.md"),
         ("kernel_gradients", "notes/paper.md"),
+        ("exports", "notes/checks.md"),
+        ("quantized_merge", "notes/checks.md"),
+        ("generator_scaling", "notes/checks.md"),
     ],
 )
 def test_tables_that_scripts_print_match_the_committed_rows(script, name):
