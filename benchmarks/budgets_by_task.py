@@ -14,9 +14,9 @@ block, its importance in the first and the last allocation during training (the 
 fraction of matrices with a budget of zero.
 
 With `--lora`, the script also trains LoRA and appends a `features` row for each task and seed. It contains, for the
-pre-trained model and both methods, the normalized mutual information (NMI) between the classes of the test images and
-the clusters of their features and, for both methods, the rank and the effective rank of the update of each block's
-attention output projection. Finished runs and existing rows are skipped.
+pre-trained model and both methods, the normalized mutual information (NMI) between the classes of the validation and
+test images and the clusters of their features and, for both methods, the rank and the effective rank of the update of
+each block's attention output projection. Finished runs and existing rows are skipped.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+import numpy as np
 from documents import markdown_table, put_between
 from scipy.stats import spearmanr
 
@@ -35,7 +36,7 @@ from snella_app.records.run import RunInfo
 from snella_app.report.allocation import linear_trend
 from snella_app.text import decimal_text
 from snella_lab.analysis.budgets import METRIC_NAMES, evolution, layer_sparsities, read_budgeted_run
-from snella_lab.analysis.images import PRETRAINED, features
+from snella_lab.analysis.images import PRETRAINED, cluster_nmi, image_features
 from snella_lab.analysis.plot import grouped
 from snella_lab.analysis.updates import overlap, update
 from snella_lab.bench.rows import append_rows, read_rows
@@ -63,6 +64,8 @@ METRICS = ("sensitivity", "magnitude", "delta_magnitude")
 """Importance metrics of Figure 16."""
 FEATURES = (PRETRAINED, "lora-8", "snella-8")
 """Models of a `features` row."""
+CLUSTERINGS = 10
+"""Number of random initializations of k-means over which the NMI is averaged."""
 PROJECTION = "blocks.11.attn.proj"
 """Matrix whose update has its rank in a `features` row, with the corresponding matrices of the other blocks."""
 
@@ -165,11 +168,16 @@ def append_new(out: Path, key: dict[str, Any], *runs: Path) -> None:
 
 def measure_features(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Return the NMI of the models in `FEATURES`, and the ranks and effective ranks of the runs' updates by block."""
-    scores = features(runs)[0].tables["nmi"]
+    images = [image_features(runs, split=split) for split in ("val", "test")]
+    labels = np.concatenate([part.labels for part in images])
+    nmi = {}
+    for name, label in zip(FEATURES, images[0].by_run, strict=True):
+        values = np.concatenate([part.by_run[label] for part in images])
+        nmi[name] = round(fmean(cluster_nmi(values, labels, seed) for seed in range(CLUSTERINGS)), 5)
     matrices = grouped(update(runs, matrix=PROJECTION)[1].tables["ranks"], "run").values()
     by_run = list(zip(FEATURES[1:], matrices, strict=True))
     return {
-        "nmi": {name: round(row["nmi"], 5) for name, row in zip(FEATURES, scores, strict=True)},
+        "nmi": nmi,
         "rank": {name: [row["rank"] for row in rows] for name, rows in by_run},
         "effective_rank": {name: [round(row["effective_rank"], 2) for row in rows] for name, rows in by_run},
     }

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -340,6 +341,56 @@ def _draw_grid(
     return figure
 
 
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Head inputs of images, for the pre-trained backbone and each run.
+
+    Attributes:
+        positions: Positions of the images in their split.
+        labels: Class number of each image.
+        classes: Class names.
+        by_run: Head inputs, `[images, features]`, of `PRETRAINED` and of each run by label.
+    """
+
+    positions: Sequence[int]
+    labels: NDArray[np.int64]
+    classes: Sequence[str]
+    by_run: Mapping[str, NDArray[np.float32]]
+
+
+def image_features(
+    runs: Sequence[str | Path],
+    *,
+    data: str | None = None,
+    split: Split = "auto",
+    limit: int = 500,
+    seed: int = 0,
+    batch_size: int = 32,
+    device: str = "auto",
+) -> ImageFeatures:
+    """Compute the head inputs that `features` plots, with the same arguments and errors."""
+    models = [_load(run, "classification", device) for run in runs]
+    first = models[0]
+    splits, items = _images_of_split(first, data, split)
+    labels = [dataset.labels[index] for dataset, index in items]
+    selected = list(range(len(items)))
+    if len(items) > limit:
+        selected = sorted(stratified_sample(labels, limit, seed=seed, classes=splits.classes, argument="limit"))
+    indices_by_dataset: dict[ImageDataset, list[int]] = {}  # keeps the order of `selected`, which is ascending
+    for position in selected:
+        dataset, index = items[position]
+        indices_by_dataset.setdefault(dataset, []).append(index)
+    pretrained = build_method("linear", make_backbone(first.info.backbone)).to(first.device)
+    networks = [pretrained, *(loaded.model for loaded in models)]
+    by_run: dict[str, NDArray[np.float32]] = {}
+    for run, loaded, model in zip([PRETRAINED, *run_labels(runs)], [first, *models], networks, strict=True):
+        inputs = [
+            dataset.subset(indices).with_transform(loaded.transform) for dataset, indices in indices_by_dataset.items()
+        ]
+        by_run[run] = head_inputs(model, inputs, batch_size)
+    return ImageFeatures([int(position) for position in selected], np.array(labels)[selected], splits.classes, by_run)
+
+
 def features(
     runs: Sequence[str | Path],
     *,
@@ -364,35 +415,21 @@ def features(
         FileNotFoundError: If a folder contains no run with an adapter, or the data no longer exists.
         ValueError: If a run's task is not classification, or `limit` is below the number of classes.
     """
-    models = [_load(run, "classification", device) for run in runs]
-    first = models[0]
-    splits, items = _images_of_split(first, data, split)
-    labels = [dataset.labels[index] for dataset, index in items]
-    selected = list(range(len(items)))
-    if len(items) > limit:
-        selected = sorted(stratified_sample(labels, limit, seed=seed, classes=splits.classes, argument="limit"))
-    targets = np.array(labels)[selected]
-    indices_by_dataset: dict[ImageDataset, list[int]] = {}  # keeps the order of `selected`, which is ascending
-    for position in selected:
-        dataset, index = items[position]
-        indices_by_dataset.setdefault(dataset, []).append(index)
-    pretrained = build_method("linear", make_backbone(first.info.backbone)).to(first.device)
-    networks = [pretrained, *(loaded.model for loaded in models)]
-    features_by_run: dict[str, NDArray[np.float32]] = {}
-    for run, loaded, model in zip([PRETRAINED, *run_labels(runs)], [first, *models], networks, strict=True):
-        inputs = [
-            dataset.subset(indices).with_transform(loaded.transform) for dataset, indices in indices_by_dataset.items()
-        ]
-        features_by_run[run] = head_inputs(model, inputs, batch_size)
-    num_classes = len(set(targets.tolist()))
+    images = image_features(runs, data=data, split=split, limit=limit, seed=seed, batch_size=batch_size, device=device)
+    num_classes = len(set(images.labels.tolist()))
     scores: list[Row] = [
-        {"run": run, "images": len(targets), "classes": num_classes, "nmi": cluster_nmi(values, targets, seed)}
-        for run, values in features_by_run.items()
+        {
+            "run": run,
+            "images": len(images.labels),
+            "classes": num_classes,
+            "nmi": cluster_nmi(values, images.labels, seed),
+        }
+        for run, values in images.by_run.items()
     ]
     rows = [
-        {"run": run, "image": int(position), "class": splits.classes[target], "x": float(x), "y": float(y)}
-        for run, values in features_by_run.items()
-        for position, target, (x, y) in zip(selected, targets, embed(values, seed), strict=True)
+        {"run": run, "image": position, "class": images.classes[label], "x": float(x), "y": float(y)}
+        for run, values in images.by_run.items()
+        for position, label, (x, y) in zip(images.positions, images.labels, embed(values, seed), strict=True)
     ]
     notes = [f"{row['run']}: NMI {row['nmi']:.3f}" for row in scores]
     return [Plot("features", rows, partial(_draw_features, rows, scores), notes, {"nmi": scores})]
