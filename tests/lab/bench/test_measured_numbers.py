@@ -297,12 +297,15 @@ def test_text_on_budgets_and_updates_by_task_matches_the_measured_rows():
     slope = difference_of(list(slopes.values()))
     mean, low, high = (decimal_text(value, 1) for value in (slope.mean, slope.low, slope.high))
     assert_states(PAPER, "sparsity changes by {} points per block (95% interval {} to {}).", mean, low, high)
+    assert_states(PLOTS, "sparsity decreases by {} points per block on average", decimal_text(-slope.mean, 1))
     first, second = sorted(slopes["elpv"])
     assert_states(PAPER, "sparsity increases by {:.1f} and {:.1f} points per block", first, second)
     means = {differs: fmean(fmean(blocks) for blocks in pairs) for differs, pairs in cosines.items()}
     sentence = "Its mean is {:.2f}, compared with {:.2f} by chance and {:.2f} for two seeds of the same task."
     assert_states(PAPER, sentence, means["task"], fmean(chance), means["seed"])
     assert_states(PAPER, "for two tasks with different seeds, it is {:.2f}.", means["task and seed"])
+    sentence = "The mean similarity of two tasks is {:.2f}, compared with {:.2f} for randomly permuted entries."
+    assert_states(PLOTS, sentence, means["task"], fmean(chance))
     claim = "mean cosine {:.2f}, compared with {:.2f} by chance and {:.2f} for two seeds of a task"
     assert_states(PAPER, claim, means["task"], fmean(chance), means["seed"])
     jaccard = defaultdict(list)
@@ -383,3 +386,29 @@ def test_text_on_sizes_of_sparse_files_matches_the_measured_rows():
     assert sizes[0.99]["fp32_bytes"] < adapter < sizes[0.97]["fp32_bytes"]
     assert round(sizes[0.7]["fp32_bytes"] / adapter) == 10  # "ten times as large at the default"
     assert_states(USING, "at a sparsity of 0.99, larger at 0.97, and ten times as large at the default, 0.7.")
+
+
+def test_text_on_features_and_ranks_by_task_matches_the_measured_rows(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import budgets_by_task as module
+
+    measured = list(rows("budgets_by_task"))
+    before, lora, snella = (fmean(map(fmean, values)) for values in module.nmi_by_task(measured).values())
+    gap = module.nmi_difference(measured, "snella-8", "lora-8")
+    difference = [decimal_text(value, 3) for value in (gap.mean, gap.low, gap.high)]
+    difference[2] = f"+{difference[2]}"
+    assert gap.low < 0 < gap.high  # "not more clearly than LoRA", and no significant difference
+    sentence = (
+        "is {:.2f} with SNELLA, {:.2f} with LoRA (difference {}, 95% interval {} to {}), and {:.2f} before training."
+    )
+    assert_states(PAPER, sentence, snella, lora, *difference, before)
+    claim = "SNELLA {:.2f}, LoRA {:.2f} (difference {}, {} to {}), before training {:.2f} |"
+    assert_states(PAPER, claim, snella, lora, *difference, before)
+    sentence = "{:.2f} for the pre-trained backbone, {:.2f} for LoRA, and {:.2f} for SNELLA."
+    assert_states(PLOTS, sentence, before, lora, snella)
+    ranks = [module.mean_rank(measured, name, "snella-8") for name in ("rank", "effective_rank")]
+    assert_states(PAPER, "(384×384) have rank {:.0f} on average and effective rank {:.0f}.", *ranks)
+    assert_states(PAPER, "rank {:.0f} of 384, effective rank {:.0f} |", *ranks)
+    ranks += [module.mean_rank(measured, name, "lora-8") for name in ("rank", "effective_rank")]
+    sentence = "updates have rank {:.0f} and effective rank {:.0f}; LoRA's have rank {:.0f} and effective rank {:.0f}."
+    assert_states(PLOTS, sentence, *ranks)
