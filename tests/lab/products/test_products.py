@@ -388,3 +388,93 @@ def test_table_of_ten_epochs_in_the_notes_matches_the_measurements():
 
 def _interval(gap: Difference) -> str:
     return f"{points_text(gap.mean)} [{points_text(gap.low)}, {points_text(gap.high)}]"
+
+
+def _one_minute_rows(pixels: int = 70) -> dict[tuple[str, str], dict]:
+    """Return the first rows of each product and folder with one minute, i.e. with the oldest recipe."""
+    rows = [row for row in read_rows(_FOLDER / "rows.jsonl") if row["date"] < "2026-11-29" and row["minutes"] == 1]
+    rows = [row for row in rows if row["pixels"] == pixels and row["seed"] == 0]
+    return {(row["product"], row["folder"]): row for row in rows}
+
+
+def test_tables_of_one_minute_in_the_notes_match_the_measurements():
+    notes, rows = _notes(), _one_minute_rows()
+    held_out = _module("folders").HELD_OUT
+    table = notes.partition("| folder | train · val |")[2].partition("\n\n")[0]
+    folders = re.findall(r"^\| \*?([a-z-]+)\*? \| [\d,]+ · ", table, re.MULTILINE)
+    assert {folder for product, folder in rows if product == "snella"} == set(folders)
+    for folder in folders:
+        name = f"*{folder}*" if folder in held_out else folder
+        found = [rows.get((product, folder)) for product in ("snella", "sklearn", "fastai")]
+        cells = ["–" if row is None else decimal_text(100 * row["accuracy"], 1) for row in found]
+        images = rows["snella", folder]["images"]
+        assert f"| {name} | {images['train']:,} · {images['val']:,} | {' | '.join(cells)} |\n" in f"|{table}\n"
+    others = {
+        "sklearn": "logistic regression (scikit-learn)", "fastai": "fastai's `fine_tune`", "timm": "timm's",
+        "transformers": "transformers' `run", "autogluon": "AutoGluon", "lightly": "lightly-train's",
+    }  # fmt: skip
+    for product, name in others.items():
+        line = next(line for line in notes.splitlines() if line.startswith(f"| {name}") and "folders" in line)
+        cells = []
+        for group in (folders, held_out):
+            shared = [folder for folder in group if (product, folder) in rows]
+            gaps = [[rows[product, folder]["accuracy"] - rows["snella", folder]["accuracy"]] for folder in shared]
+            cells.append(f"{_interval(difference_of(gaps))}, {len(shared)} folders" if len(gaps) > 1 else "–")
+            assert all(gap < 0 for (gap,) in gaps)
+        assert line.endswith(f" | {' | '.join(cells)} |")
+    products = ("snella", "sklearn", "fastai")
+    errors = [f"{fmean(row['ece'] for (found, _), row in rows.items() if found == name):.2f}" for name in products]
+    assert f"| calibration error, mean over each tool's folders | {' | '.join(errors)} |" in notes
+    seconds = {name: [row["seconds"] for (found, _), row in rows.items() if found == name] for name in products}
+    spans = [f"{min(values):.0f} to {max(values):.0f}" for values in seconds.values()]
+    spans[0] += f", mean {fmean(seconds['snella']):.0f}"
+    assert f"| seconds on the Xeon (budget 60 s) | {' | '.join(spans)} |" in notes
+
+
+def test_table_of_another_backbone_in_the_notes_matches_the_measurements():
+    notes = _notes()
+    rows = [row for row in read_rows(_FOLDER / "rows.jsonl") if (row["pixels"], row["minutes"]) == (112, 1)]
+    by_run = {(row["product"], row["folder"]): row for row in _module("table").last_runs(rows)}
+    folders = ("emoji", "furniture", "nebulae", "stamps", "textures", "units")
+    names = {"snella": "`snella train` (epochs)", "fastai-all": "fastai, training and validation images (epochs)"}
+    for product, name in names.items():
+        found = [by_run.get((product, folder)) for folder in folders]
+        cells = ["–" if row is None else f"{100 * row['accuracy']:.1f} ({row['details']['epochs']})" for row in found]
+        assert f"| {name} | {' | '.join(cells)} |" in notes
+    shared = [folder for folder in folders if ("fastai-all", folder) in by_run]
+    gap = difference_of(
+        [[by_run["snella", folder]["accuracy"] - by_run["fastai-all", folder]["accuracy"]] for folder in shared]
+    )
+    mean, low, high = (decimal_text(100 * value, 1) for value in (gap.mean, gap.low, gap.high))
+    assert f"`snella train` is {mean} points [{low}, {high}] above fastai in one minute" in " ".join(notes.split())
+
+
+def test_text_on_image_sizes_and_precision_in_the_notes_matches_the_measurements():
+    notes = _notes()
+    own = {row["folder"]: row for row in read_rows(_FOLDER / "rows.jsonl") if row["product"] == "snella-own-size"}
+    text = " ".join(notes.split())
+    for folder, sentence in {
+        "stamps": "on `stamps`, it fits the head at {size} px and reaches {accuracy:.1f}% in {seconds:.0f} s.",
+        "units": "On `units`, it selects {size} px and reaches {accuracy:.1f}% in {seconds:.0f} s.",
+    }.items():
+        size, accuracy = own[folder]["details"]["img_size"], 100 * own[folder]["accuracy"]
+        assert sentence.format(size=size, accuracy=accuracy, seconds=own[folder]["seconds"]) in text
+    heads = [row for row in read_rows(_FOLDER.parent / "final_head.jsonl") if "method" not in row]
+    last = {(row["folder"], row["pixels"]): row for row in heads if row["precision"] == "fp32"}
+    for folder in ("stamps", "emoji"):
+        found = [last.get((folder, pixels)) for pixels in (70, 126, 182)]
+        cells = ["–" if row is None else f"{100 * row['accuracy']['and three more layers']:.1f}" for row in found]
+        assert f"| {folder} | {' | '.join(cells)} |\n" in notes
+    linear = [row for row in heads if len(row["accuracy"]) == 5]
+    by_size = {(row["folder"], row["pixels"]): row for row in linear if row["precision"] == "fp32"}
+    reduced = {row["folder"]: row for row in linear if row["precision"] == "bf16"}
+    pairs = [
+        [row["accuracy"]["and three more layers"] for row in (reduced[folder], by_size[folder, 70])]
+        for folder in reduced
+    ]
+    gap = difference_of([[low - high] for low, high in pairs])
+    means = [100 * fmean(values) for values in zip(*pairs, strict=True)]
+    expected = (
+        f"Linear heads on six folders reach {means[0]:.1f} with bfloat16 features and {means[1]:.1f} with float32"
+    )
+    assert expected in text and f"features ({_interval(gap)}, earlier rows of" in text
