@@ -412,3 +412,16 @@ def test_text_on_features_and_ranks_by_task_matches_the_measured_rows(monkeypatc
     ranks += [module.mean_rank(measured, name, "lora-8") for name in ("rank", "effective_rank")]
     sentence = "updates have rank {:.0f} and effective rank {:.0f}; LoRA's have rank {:.0f} and effective rank {:.0f}."
     assert_states(PLOTS, sentence, *ranks)
+
+
+def test_text_on_the_breakdown_of_a_small_step_matches_the_measured_rows(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import step_breakdown as module
+
+    measured = rows("step_breakdown")
+    ratios = span([row["ratio"] for row in measured], 2)
+    assert_states(STEPS, "The step takes {} times as long as a LoRA step (medians of two runs).", ratios)
+    assert len(measured) == 2 and {row["rounds"] for row in measured} == {15}
+    times = measured[-1]["snella"]
+    share = 100 * sum(times[name] for name in list(module.PARTS)[:4]) / times["step"]
+    assert_states(STEPS, "the first four rows, take {:.0f}% of it.", share)

@@ -74,6 +74,7 @@ def test_generated_tables_match_the_committed_rows(tmp_path):
         ("many_devices", "notes/checks.md"),
         ("budgets_by_task", "notes/paper.md"),
         ("kernel_gradients", "notes/paper.md"),
+        ("step_breakdown", "notes/step-time.md"),
         ("exports", "notes/checks.md"),
         ("quantized_merge", "notes/checks.md"),
         ("generator_scaling", "notes/checks.md"),
