@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,31 @@ def test_dense_statements_nest_or_combine_expressions(counting, source, expected
 def test_dense_statements_are_rare(counting, root):
     size = counting.size_of(ROOT / "src" / root)
     assert 1000 * size.dense / size.lines <= 4
+
+
+@pytest.mark.parametrize("root", ["snella", "snella_app", "snella_lab"])
+def test_documented_sizes_of_packages_are_up_to_date(counting, root):
+    size, text = counting.size_of(ROOT / "src" / root), (ROOT / "docs" / "architecture.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith(f"| `{root}` | ") and line.count("|") == 5)
+    modules, lines, dense = (float(cell.replace(",", "")) for cell in line.split("|")[2:5])
+    assert modules == pytest.approx(size.modules, rel=0.05)
+    assert lines == pytest.approx(size.lines, rel=0.02)
+    assert dense == pytest.approx(1000 * size.dense / size.lines, abs=0.2)
+
+
+def test_documented_counts_of_functions_are_up_to_date(counting, tmp_path):
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    functions = counting.functions_before_first_step(counting.small_training(str(tmp_path / "first")))
+    names = [name for found in functions.values() for name in found if not name.endswith(">")]
+    console = make_console(file=io.StringIO())
+    receivers = counting.functions_receiving(
+        TrainConfig, lambda: train(counting.small_training(str(tmp_path / "second")), console)
+    )
+    outside = {file: found for file, found in receivers.items() if not re.search(r"config/|settings\.py", file)}
+    measured = {
+        "project functions called before the first training step": (len(names), len(functions)),
+        "receive the whole `TrainConfig` in a training run": (sum(map(len, outside.values())), len(outside)),
+    }
+    for description, numbers in measured.items():
+        count, files = map(int, re.search(rf"{re.escape(description)} \| (\d+) in (\d+) \|", text).groups())
+        assert (count, files) == pytest.approx(numbers, rel=0.03)
